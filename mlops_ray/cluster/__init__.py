@@ -1,0 +1,1 @@
+"""Ray itself: joining or starting a cluster, jobs, doctor."""

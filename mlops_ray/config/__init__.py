@@ -1,0 +1,1 @@
+"""Configuration: Hydra composes, pydantic checks, the rest of the package sees frozen objects."""

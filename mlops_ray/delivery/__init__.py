@@ -1,0 +1,1 @@
+"""Delivery (C1): gate, promotion, rollout."""

@@ -1,0 +1,1 @@
+"""The closed loop (P9): trigger policy, controller, replay."""

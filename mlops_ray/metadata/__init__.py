@@ -1,0 +1,1 @@
+"""Metadata (C7): the ledger, artifacts, provenance, and the MLflow mirror."""

@@ -1,0 +1,64 @@
+"""Where a project keeps its state: one folder, called the home."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = ".mlops-ray"
+
+
+def default_home() -> Path:
+    """Return ``$MLOPS_RAY_HOME``, else ``~/.mlops-ray`` inside a Ray job, else ``./.mlops-ray``.
+
+    A Ray job's working directory is a throw-away copy, so nothing that should last may go there.
+    """
+    if "MLOPS_RAY_HOME" in os.environ:
+        return Path(os.environ["MLOPS_RAY_HOME"]).expanduser().absolute()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return Path.home() / FOLDER
+    return Path.cwd() / FOLDER
+
+
+@dataclass(frozen=True)
+class Home:
+    """The paths below a home. All are absolute; the folders are made when first written to."""
+
+    root: Path
+
+    @property
+    def ledger_url(self) -> str:
+        return f"sqlite:///{self.root / 'ledger.db'}"
+
+    @property
+    def tracking_uri(self) -> str:
+        return f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        return self.root / "mlflow"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def training(self) -> Path:
+        return self.root / "training"
+
+    def run(self, run_id: str) -> Path:
+        """Folder of one run: logs, reports, anything a person may open."""
+        return self.root / "runs" / run_id
+
+    def offline(self, project: str) -> Path:
+        return self.root / "features" / project / "offline"
+
+    def online(self, project: str) -> Path:
+        return self.root / "features" / project / "online"
+
+    def predictions(self, project: str) -> Path:
+        return self.root / "predictions" / project
+
+    def monitor(self, project: str) -> Path:
+        return self.root / "monitor" / project

@@ -1,0 +1,1 @@
+"""Monitoring (C9): profiles, statistics, the monitor actor, reports."""

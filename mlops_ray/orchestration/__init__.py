@@ -1,0 +1,1 @@
+"""Orchestration (C3): steps, graph, plan, executor, cache."""

@@ -1,0 +1,51 @@
+"""What a step is given beside its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mlops_ray.metadata.home import Home
+
+
+class Reporter(Protocol):
+    """Where a step reports what it does while it runs."""
+
+    def progress(self, *, rows: int | None = None, message: str = "") -> None:
+        """Say how many rows are done and what is happening. Cheap: may be called often."""
+
+    def metric(self, name: str, value: float) -> None:
+        """Record a metric of this step."""
+
+    def param(self, name: str, value: Any) -> None:
+        """Record a parameter of this step."""
+
+    def event(self, kind: str, **data: Any) -> None:
+        """Append a fact to the ledger: a decision with its evidence, a promotion, a trigger."""
+
+
+class Silent:
+    """A reporter that records nothing: for calling a step as a plain function."""
+
+    def progress(self, *, rows: int | None = None, message: str = "") -> None: ...
+
+    def metric(self, name: str, value: float) -> None: ...
+
+    def param(self, name: str, value: Any) -> None: ...
+
+    def event(self, kind: str, **data: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """The facilities of a run, given to each step that declares a parameter ``context: Context``.
+
+    It holds no configuration: what a step depends on comes in through its declared inputs, so that
+    the cache key of the step is complete.
+    """
+
+    project: str
+    home: Home
+    run_id: str = "adhoc"
+    step: str = "adhoc"
+    reporter: Reporter = field(default_factory=Silent)

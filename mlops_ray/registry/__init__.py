@@ -1,0 +1,1 @@
+"""Model registry (C6): packages, versions and aliases in MLflow."""

@@ -1,0 +1,1 @@
+"""Training (C5): Ray Train and Ray Tune, evaluation, determinism."""
