@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-
-FOLDER = ".mlops-ray"
-
-
-def default_home() -> Path:
-    """Return ``$MLOPS_RAY_HOME``, else ``~/.mlops-ray`` inside a Ray job, else ``./.mlops-ray``.
-
-    A Ray job's working directory is a throw-away copy, so nothing that should last may go there.
-    """
-    if "MLOPS_RAY_HOME" in os.environ:
-        return Path(os.environ["MLOPS_RAY_HOME"]).expanduser().absolute()
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        return Path.home() / FOLDER
-    return Path.cwd() / FOLDER
-
 
 @dataclass(frozen=True)
 class Home:

@@ -1,0 +1,168 @@
+"""The schema's part: a composed dict in, one frozen ``Project`` out, or every problem at once."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from mlops_ray.config import signatures
+from mlops_ray.config.base import Component
+from mlops_ray.config.compose import Composed, compose
+from mlops_ray.config.locate import Workspace, default_home
+from mlops_ray.config.project import Project
+from mlops_ray.errors import ConfigError, Problem
+
+OWN_PACKAGE = "mlops_ray"
+_TARGET_KEYS = ("_target_", "uses", "read", "clean", "function")
+_GIVEN_BY_TRAINER = frozenset({"num_numeric", "cardinalities"})
+_GIVEN_BY_RUN = frozenset({"context"})
+
+
+def load_project(workspace: Workspace, overrides: list[str]) -> Project:
+    """Compose and check a project.
+
+    Raises:
+        ConfigError: With every problem found: unknown keys, wrong types and values, dotted names
+            that are not allowed or do not exist, arguments that a step or model does not take.
+    """
+    composed = compose(workspace, overrides)
+    values = composed.values
+    if values.get("home") is None:
+        values["home"] = str(default_home())
+    workspace.import_roots()
+    problems = list(_target_problems(composed))
+    project = None
+    try:
+        project = Project.model_validate(values)
+    except ValidationError as error:
+        problems += _schema_problems(error, composed)
+    if project is not None:
+        problems += _call_problems(project, composed)
+    if problems:
+        raise ConfigError(sorted(problems, key=lambda problem: (problem.file, problem.line or 0)))
+    assert project is not None
+    return project
+
+
+def allowed_packages(values: dict[str, Any]) -> list[str]:
+    """Return the packages that dotted names may point into."""
+    extra = values.get("allow") or []
+    named = [values.get("package"), *(extra if isinstance(extra, list) else [])]
+    return [OWN_PACKAGE, *(name for name in named if isinstance(name, str))]
+
+
+def is_allowed(target: str, packages: Iterable[str]) -> bool:
+    """Say whether a dotted name lies in one of the packages."""
+    return any(target.startswith(f"{package}.") for package in packages)
+
+
+def _target_problems(composed: Composed) -> Iterator[Problem]:
+    packages = allowed_packages(composed.values)
+    for path, target in _targets(composed.values):
+        file, line = composed.origin(path)
+        if not is_allowed(target, packages):
+            hint = f"Allowed are: {', '.join(packages)}. Add its package to 'allow' to trust it."
+            yield Problem(path, f"{target!r} is not on the allow-list.", file, line, hint)
+        elif signatures.find(target) is None:
+            module, _, name = target.rpartition(".")
+            known = signatures.names(module)
+            what = f"{module} has no {name!r}." if known else f"there is no module {module!r}."
+            yield Problem(path, what, file, line, _did_you_mean(name, known))
+
+
+def _targets(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each dotted name with its path. Inputs of steps repeat other sections: left out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            here = f"{path}.{key}" if path else str(key)
+            if key in _TARGET_KEYS and isinstance(item, str):
+                yield here, item
+            elif not (key == "with" and path.startswith("workflow.")):
+                yield from _targets(item, here)
+            else:
+                yield from ((p, t) for p, t in _targets(item, here) if p.endswith("._target_"))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _targets(item, f"{path}.{index}")
+
+
+def _schema_problems(error: ValidationError, composed: Composed) -> Iterator[Problem]:
+    for item in error.errors():
+        parts = [str(part) for part in item["loc"] if part != "[key]"]
+        path = ".".join(parts)
+        file, line = composed.origin(path)
+        if item["type"] == "extra_forbidden":
+            known = [*_field_names(Project, parts[:-1])]
+            known += composed.groups if len(parts) == 1 else ()
+            yield Problem(path, "unknown key.", file, line, _did_you_mean(parts[-1], known))
+        elif item["type"] == "missing":
+            yield Problem(path, "a value is required here.", file, line)
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item.get("input")
+            shown = f" Got {given!r}." if isinstance(given, str | int | float | bool) else ""
+            yield Problem(path or "project", f"{message}.{shown}".replace("..", "."), file, line)
+
+
+def _field_names(model: Any, path: list[str]) -> list[str]:
+    """Return the keys that are known at ``path`` below a model."""
+    for part in path:
+        model = _child(model, part)
+    if not (inspect.isclass(model) and issubclass(model, BaseModel)):
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _child(annotation: Any, part: str) -> Any:
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            if part in (name, field.alias):
+                return _strip(field.annotation)
+        return None
+    arguments = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return _strip(arguments[1])
+    return _strip(arguments[0]) if get_origin(annotation) is tuple else None
+
+
+def _strip(annotation: Any) -> Any:
+    """Take Optional and Annotated off."""
+    if get_origin(annotation) is Annotated:
+        return _strip(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        models = [a for a in get_args(annotation) if a is not type(None)]
+        return _strip(models[0]) if len(models) == 1 else annotation
+    return annotation
+
+
+def _call_problems(project: Project, composed: Composed) -> Iterator[Problem]:
+    """Check what is passed to steps and to the model against what they take."""
+    calls = [
+        (f"workflow.steps.{name}.with", step.uses, step.inputs, _GIVEN_BY_RUN)
+        for name, step in project.workflow.steps.items()
+    ]
+    model: Component = project.model
+    calls.append(("model", model.target, model.arguments, _GIVEN_BY_TRAINER))
+    for path, target, given, implied in calls:
+        signature = signatures.find(target)
+        if signature is None or signature.open:
+            continue
+        takes = [name for name in signature.parameters if name not in implied]
+        for name in given:
+            if name not in takes:
+                file, line = composed.origin(f"{path}.{name}")
+                hint = _did_you_mean(name, takes) or f"{target} takes: {', '.join(takes)}."
+                yield Problem(f"{path}.{name}", "unknown key.", file, line, hint)
+        for name in sorted(signature.required - set(given) - implied):
+            file, line = composed.origin(path)
+            yield Problem(path, f"{target} needs {name!r}.", file, line)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else ""

@@ -1,0 +1,109 @@
+"""What a dotted name takes as arguments, read from its source without running it.
+
+``check`` and ``plan`` look at user code and at heavy modules (torch) through this, so that they are
+quick and have no side effects.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Parameters of a function or of a class's constructor, without ``self``.
+
+    ``open`` says that further keyword arguments are taken, or that they cannot be known.
+    """
+
+    file: Path
+    line: int
+    parameters: tuple[str, ...]
+    required: frozenset[str]
+    open: bool = False
+
+
+def find(target: str) -> Signature | None:
+    """Return the signature of ``package.module.name``, or None when there is no such thing."""
+    module, _, name = target.rpartition(".")
+    file = module_file(module)
+    if file is None:
+        return None
+    for node in _parse(file).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            return _of_function(node, file)
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _of_class(node, file)
+        if _binds(node, name):
+            return Signature(file, node.lineno, (), frozenset(), open=True)
+    return None
+
+
+def names(module: str) -> list[str]:
+    """Return the public functions and classes that a module defines; [] when it has no source."""
+    file = module_file(module)
+    if file is None:
+        return []
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    body = _parse(file).body
+    return [n.name for n in body if isinstance(n, kinds) and not n.name.startswith("_")]
+
+
+def module_file(module: str) -> Path | None:
+    """Return the source file of a module, or None. Runs at most its parent packages' __init__."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    return Path(spec.origin)
+
+
+@lru_cache(maxsize=256)
+def _parse_at(file: Path, _changed_ns: int) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def _parse(file: Path) -> ast.Module:
+    return _parse_at(file, file.stat().st_mtime_ns)
+
+
+def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path) -> Signature:
+    arguments = node.args
+    positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+    without_default = len(positional) - len(arguments.defaults)
+    required = set(positional[:without_default])
+    keyword = [a.arg for a in arguments.kwonlyargs]
+    required |= {
+        name
+        for name, default in zip(keyword, arguments.kw_defaults, strict=True)
+        if default is None
+    }
+    parameters = [name for name in positional + keyword if name not in ("self", "cls")]
+    return Signature(
+        file,
+        node.lineno,
+        tuple(parameters),
+        frozenset(required - {"self", "cls"}),
+        open=arguments.kwarg is not None,
+    )
+
+
+def _of_class(node: ast.ClassDef, file: Path) -> Signature:
+    for member in node.body:
+        if isinstance(member, ast.FunctionDef) and member.name == "__init__":
+            return _of_function(member, file)
+    return Signature(file, node.lineno, (), frozenset(), open=True)
+
+
+def _binds(node: ast.stmt, name: str) -> bool:
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        return any((alias.asname or alias.name) == name for alias in node.names)
+    if isinstance(node, ast.Assign):
+        return any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+    return False

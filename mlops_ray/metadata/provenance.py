@@ -1,0 +1,90 @@
+"""What a run ran with: code, configuration, environment, machine, person."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mlops_ray.metadata.digest import digest_bytes, digest_json
+
+LOCK_FILE = "requirements.lock"
+_PACKAGES = ("mlops-ray", "ray", "torch", "pyarrow", "numpy", "mlflow", "deltalake", "lmdb")
+
+
+def collect(folder: Path, config_digest: str, seed: int) -> dict[str, Any]:
+    """Describe the present: commit and uncommitted changes of ``folder``, lock, packages, machine.
+
+    Values that cannot be known (no git, no lock file) are None. Digests are BLAKE2b-256.
+    """
+    diff = _git(folder, "diff", "HEAD", "--", ".")
+    untracked = _git(folder, "ls-files", "--others", "--exclude-standard")
+    return {
+        "commit": _git(folder, "rev-parse", "HEAD"),
+        "dirty_digest": _dirty_digest(folder, diff, untracked),
+        "config_digest": config_digest,
+        "lock_digest": lock_digest(folder),
+        "seed": seed,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+        "user": _user(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def lock_digest(folder: Path) -> str:
+    """Return the digest of the lock file in ``folder``, or else of the installed packages."""
+    lock = folder / LOCK_FILE
+    if lock.is_file():
+        return digest_bytes(lock.read_bytes())
+    installed = {
+        str(dist.metadata["Name"]).lower(): dist.version
+        for dist in metadata.distributions()
+        if dist.metadata is not None
+    }
+    return digest_json(installed)
+
+
+def _dirty_digest(folder: Path, diff: str | None, untracked: str | None) -> str | None:
+    if diff is None:
+        return None
+    files = {
+        name: digest_bytes((folder / name).read_bytes())
+        for name in (untracked or "").splitlines()
+        if (folder / name).is_file()
+    }
+    return "clean" if not diff and not files else digest_json({"diff": diff, "untracked": files})
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return None

@@ -1,0 +1,39 @@
+"""Fixtures that the whole suite shares: one Ray cluster, a home of its own for each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlops_ray.cluster.connect import prepare_environment
+from mlops_ray.metadata.home import Home
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One local Ray with the dashboard on, for all tests of the session."""
+    prepare_environment()
+    os.environ.setdefault("MLOPS_RAY_HOME", str(tmp_path_factory.mktemp("home")))
+    import ray
+
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        num_cpus=8,
+        include_dashboard=True,
+        object_store_memory=300 * 2**20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": path.rstrip(os.pathsep)}},
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty home."""
+    return Home(tmp_path / "home")
