@@ -37,3 +37,51 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def home(tmp_path: Path) -> Home:
     """An empty home."""
     return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def tiny_project(home: Home) -> Any:
+    """The smallest project that the schema accepts; tests replace the parts that they use."""
+    from mlops_ray.config.project import Project
+
+    return Project.model_validate(
+        {
+            "name": "tiny",
+            "home": str(home.root),
+            "features": {
+                "sources": {"events": {"path": "events.csv", "available_at": "at"}},
+                "entities": {"thing": {"keys": {"thing": "string"}}},
+                "views": {
+                    "facts": {
+                        "entity": "thing",
+                        "source": "events",
+                        "event_time": "at",
+                        "columns": ["value"],
+                    }
+                },
+                "services": {
+                    "all": {
+                        "views": ["facts"],
+                        "inputs": {"thing": {"dtype": "string"}, "at": {"dtype": "timestamp"}},
+                        "time": "at",
+                    }
+                },
+                "labels": {
+                    "source": "events",
+                    "id": "id",
+                    "time": "at",
+                    "label": "label",
+                    "known_at": "known_at",
+                },
+            },
+            "model": {"_target_": "mlops_ray.training.models.TabularNet"},
+            "training": {"service": "all", "split": {"test": "7d", "validation": "7d"}},
+            "monitoring": {
+                "every": "1d",
+                "drift": {"window": "7d"},
+                "performance": {"window": "7d"},
+            },
+            "loop": {"cooldown": "7d"},
+            "workflow": {"name": "none", "steps": {}},
+        }
+    )

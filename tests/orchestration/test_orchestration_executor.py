@@ -1,0 +1,174 @@
+"""The executor on a real Ray: caching, resume, effects, failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlops_ray.config.workflow import Step, Workflow
+from mlops_ray.errors import StepError, WorkflowError
+from mlops_ray.metadata.artifacts import ArtifactStore
+from mlops_ray.metadata.home import Home
+from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.orchestration.executor import Executor
+from mlops_ray.orchestration.graph import build
+from mlops_ray.orchestration.plan import make_plan
+
+HERE = "orchestration.sample_steps"
+
+
+class Bench:
+    """A home, a folder where steps leave marks, and the last executor."""
+
+    def __init__(self, project: Any, home: Home, marks: Path) -> None:
+        self.base = project
+        self.home = home
+        self.marks = marks
+
+    def project(self, **steps: dict[str, Any]) -> Any:
+        made = {}
+        for name, step in steps.items():
+            inputs = {"marks": str(self.marks)} if step.pop("marks", False) else {}
+            step = step | {"with": inputs | step.get("with", {})}
+            made[name] = Step.model_validate(step)
+        workflow = Workflow(name="bench", steps=made)
+        update = {"workflow": workflow, "home": self.home.root, "allow": ("orchestration",)}
+        return self.base.model_copy(update=update)
+
+    def run(self, project: Any) -> tuple[Any, dict[str, str], Executor]:
+        executor = Executor(project, directory=self.marks)
+        record = executor.run()
+        return record, self.states(record.run_id), executor
+
+    def states(self, run_id: str) -> dict[str, str]:
+        ledger = Ledger(self.home.ledger_url)
+        return {step.name: step.status for step in ledger.steps(run_id)}
+
+    def count(self, name: str) -> int:
+        file = self.marks / name
+        return len(file.read_text()) if file.exists() else 0
+
+
+@pytest.fixture
+def bench(ray_cluster: Any, tiny_project: Any, home: Home, tmp_path: Path) -> Bench:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    return Bench(tiny_project, home, marks)
+
+
+def chain() -> dict[str, dict[str, Any]]:
+    return {
+        "numbers": {"uses": f"{HERE}.numbers", "with": {"count": 5}},
+        "total": {"uses": f"{HERE}.total", "with": {"table": "$numbers"}, "marks": True},
+        "folder": {"uses": f"{HERE}.folder", "with": {"total": "$total"}},
+        "read": {"uses": f"{HERE}.read", "with": {"folder": "$folder", "extra": ["$total.value"]}},
+        "odd": {"uses": f"{HERE}.effect", "when": "$total.even", "marks": True, "mode": "effect"},
+        "never": {"uses": f"{HERE}.numbers", "with": {"count": "$nope"}, "after": ["odd"]},
+    }
+
+
+def test_values_tables_and_folders_flow_and_a_second_run_is_cached(bench: Bench) -> None:
+    steps = chain()
+    del steps["never"]
+    record, states, executor = bench.run(bench.project(**steps))
+    assert executor.output(record.run_id, "read") == "1010"
+    assert set(states.values()) == {"succeeded"}
+    second, states, _ = bench.run(bench.project(**chain() | {"never": steps["numbers"]}))
+    assert second.run_id != record.run_id
+    assert states["total"] == states["folder"] == states["read"] == "cached"
+    assert states["odd"] == "succeeded"
+    assert bench.count("total") == 1
+    assert bench.count("effect") == 2
+
+
+def test_a_false_condition_skips_the_step_and_those_that_need_it(bench: Bench) -> None:
+    steps = chain()
+    del steps["never"]
+    steps["numbers"]["with"] = {"count": 3}
+    steps["after_odd"] = {"uses": f"{HERE}.numbers", "with": {"count": "$odd"}}
+    _, states, _ = bench.run(bench.project(**steps))
+    assert states["odd"] == states["after_odd"] == "skipped"
+    assert bench.count("effect") == 0
+
+
+def test_a_failed_run_goes_on_where_it_stopped_and_effects_happen_once(bench: Bench) -> None:
+    project = bench.project(
+        effect={"uses": f"{HERE}.effect", "mode": "effect", "marks": True},
+        then={"uses": f"{HERE}.fail_once", "with": {"effect": "$effect"}, "marks": True},
+    )
+    with pytest.raises(StepError) as caught:
+        bench.run(project)
+    assert caught.value.step == "then"
+    assert "the first time it fails" in str(caught.value)
+    record, states, executor = bench.run(project)
+    assert record.run_id == caught.value.run_id
+    assert set(states.values()) == {"succeeded"}
+    assert executor.output(record.run_id, "then") == 2
+    assert bench.count("effect") == bench.count("after") == 1
+
+
+def test_retries_are_used_before_failing(bench: Bench) -> None:
+    project = bench.project(
+        effect={"uses": f"{HERE}.effect", "mode": "effect", "marks": True},
+        then={
+            "uses": f"{HERE}.fail_once",
+            "with": {"effect": "$effect"},
+            "marks": True,
+            "retries": 1,
+        },
+    )
+    _, states, _ = bench.run(project)
+    assert states["then"] == "succeeded"
+
+
+def test_a_worker_that_dies_is_a_step_error(bench: Bench) -> None:
+    with pytest.raises(StepError) as caught:
+        bench.run(bench.project(die={"uses": f"{HERE}.die", "marks": True}))
+    assert caught.value.step == "die"
+
+
+def test_an_input_of_the_wrong_type_is_named(bench: Bench) -> None:
+    project = bench.project(numbers={"uses": f"{HERE}.numbers", "with": {"count": "many"}})
+    with pytest.raises(StepError, match="input 'count' does not fit"):
+        bench.run(project)
+
+
+def test_a_corrupt_artifact_is_found_and_made_again(bench: Bench) -> None:
+    steps = {k: v for k, v in chain().items() if k in ("numbers", "total")}
+    bench.run(bench.project(**steps))
+    ledger = Ledger(bench.home.ledger_url)
+    run = ledger.runs()[0]
+    output = ledger.steps(run.run_id)[0].output
+    assert output is not None
+    ArtifactStore(bench.home.artifacts).path(output.digest).write_bytes(b"broken")
+    steps = {k: v for k, v in chain().items() if k in ("numbers", "total")}
+    _, states, _ = bench.run(bench.project(**steps))
+    assert states == {"numbers": "succeeded", "total": "cached"}
+
+
+def test_plan_says_what_is_cached_without_running(bench: Bench) -> None:
+    steps = {k: v for k, v in chain().items() if k in ("numbers", "total")}
+    bench.run(bench.project(**steps))
+    steps = {k: v for k, v in chain().items() if k in ("numbers", "total", "folder", "read")}
+    steps["numbers"]["with"] = {"count": 5}
+    project = bench.project(**steps)
+    artifacts = ArtifactStore(bench.home.artifacts)
+    plan = make_plan(project, build(project.workflow), Ledger(bench.home.ledger_url), artifacts)
+    assert [s.state for s in plan.steps] == ["cached", "cached", "run", "depends"]
+    changed = bench.project(**steps | {"numbers": {"uses": f"{HERE}.numbers", "with": {"count": 9}}})
+    plan = make_plan(changed, build(changed.workflow), Ledger(bench.home.ledger_url), artifacts)
+    assert [s.state for s in plan.steps] == ["run", "depends", "depends", "depends"]
+
+
+def test_one_process_at_a_time_owns_a_run(bench: Bench) -> None:
+    project = bench.project(numbers={"uses": f"{HERE}.numbers", "with": {"count": "many"}})
+    with pytest.raises(StepError) as caught:
+        bench.run(project)
+    from mlops_ray.orchestration import executor as module
+
+    ledger = Ledger(bench.home.ledger_url)
+    ledger.take_run(caught.value.run_id, module._owner())
+    with pytest.raises(WorkflowError, match="running already"):
+        bench.run(project)
