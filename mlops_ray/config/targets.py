@@ -8,17 +8,11 @@ from typing import Any
 from mlops_ray.errors import MlopsRayError
 
 
-class TargetError(MlopsRayError):
-    """A dotted name in the configuration names nothing that can be imported."""
-
-    exit_code = 2
-
-
 def load(target: str) -> Any:
     """Import and return what ``package.module.name`` names.
 
     Raises:
-        TargetError: The module is not on the import path, fails while it is imported, or has no
+        MlopsRayError: The module is not on the import path, fails while it is imported, or has no
             such name.
     """
     module_name, _, name = target.rpartition(".")
@@ -26,7 +20,7 @@ def load(target: str) -> Any:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         own = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
-        raise TargetError(
+        raise MlopsRayError(
             f"there is no module {error.name!r}",
             where=target,
             why="it is not on the import path" if own else f"{module_name} imports it",
@@ -35,7 +29,7 @@ def load(target: str) -> Any:
             else f"install the package that has {error.name!r}",
         ) from error
     except Exception as error:
-        raise TargetError(
+        raise MlopsRayError(
             f"the module {module_name!r} cannot be imported",
             where=target,
             why=f"{type(error).__name__}: {error}",
@@ -44,7 +38,7 @@ def load(target: str) -> Any:
     try:
         return getattr(module, name)
     except AttributeError as error:
-        raise TargetError(
+        raise MlopsRayError(
             f"the module {module_name!r} has no {name!r}",
             where=target,
             fix=f"names in it: {', '.join(n for n in vars(module) if not n.startswith('_'))}",

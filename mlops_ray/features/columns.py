@@ -20,7 +20,7 @@ NO_TIME = np.iinfo(np.int64).min
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-_KEY_TYPES = {"string": pa.string(), "int": pa.int64()}
+KEY_TYPES = {"string": pa.string(), "int": pa.int64()}
 
 
 def to_us(moment: datetime) -> int:
@@ -113,7 +113,7 @@ def key_columns(table: pa.Table, keys: Mapping[str, str], where: str) -> list[pa
         whole = pa.types.is_integer(values.type)
         if not (text if dtype == "string" else whole):
             raise wrong_type(name, dtype, values.type, where)
-        columns.append(values.cast(_KEY_TYPES[dtype]))
+        columns.append(values.cast(KEY_TYPES[dtype]))
     return columns
 
 
@@ -123,43 +123,30 @@ def encode(columns: Sequence[pa.ChunkedArray]) -> tuple[NDArray[np.int64], list[
     Returns:
         The code of each row, −1 where any key column is null, and the distinct keys by column.
     """
-    codes = np.zeros(len(columns[0]), np.int64)
-    known = np.ones(len(codes), np.bool_)
-    for values in columns:
-        one, known_one, size = _encode_one(values)
-        known &= known_one
-        codes = _dense(codes * max(size, 1) + one)
-    codes, first = _by_appearance(codes, known)
-    return codes, [pa.array(_combined(values).take(pa.array(first))) for values in columns]
-
-
-def _encode_one(values: pa.ChunkedArray) -> tuple[NDArray[np.int64], NDArray[np.bool_], int]:
-    encoded = _combined(values).dictionary_encode()
-    known = np.asarray(encoded.is_valid().to_numpy(zero_copy_only=False), np.bool_)
-    indices = pc.fill_null(encoded.indices.cast(pa.int64()), 0)
-    return np.asarray(indices.to_numpy(), np.int64), known, len(encoded.dictionary)
-
-
-def _combined(values: pa.ChunkedArray | pa.Array) -> pa.Array:
-    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-
-
-def _dense(codes: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.unique(codes, return_inverse=True)[1].astype(np.int64, copy=False)
-
-
-def _by_appearance(
-    codes: NDArray[np.int64], known: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Renumber the codes of known rows in order of first appearance; also return those rows."""
+    parts = [_encode_one(values) for values in columns]
+    if len(parts) == 1:
+        return parts[0][0], [parts[0][1]]
+    combined = np.zeros(len(parts[0][0]), np.int64)
+    known = np.ones(len(combined), np.bool_)
+    for codes, distinct in parts:
+        known &= codes >= 0
+        combined = np.unique(combined * max(len(distinct), 1) + codes, return_inverse=True)[1]
     rows = np.flatnonzero(known)
-    distinct, first, inverse = np.unique(codes[rows], return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(combined[rows], return_index=True, return_inverse=True)
     order = np.argsort(first)
-    rank = np.empty(len(distinct), np.int64)
-    rank[order] = np.arange(len(distinct))
-    result = np.full(len(codes), -1, np.int64)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    result = np.full(len(combined), -1, np.int64)
     result[rows] = rank[inverse]
-    return result, rows[first[order]]
+    origin = rows[first[order]]
+    return result, [distinct.take(pa.array(codes[origin])) for codes, distinct in parts]
+
+
+def _encode_one(values: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
+    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    encoded = array.dictionary_encode()
+    codes = pc.fill_null(encoded.indices.cast(pa.int64()), -1)
+    return np.asarray(codes.to_numpy(), np.int64), encoded.dictionary
 
 
 def wrong_type(name: str, expected: str, found: Any, where: str) -> SchemaError:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mlops_ray.config.features import Features, Source
 from mlops_ray.config.targets import load
-from mlops_ray.errors import DataError, FeatureStoreError, MlopsRayError, SourceError
+from mlops_ray.errors import FeatureStoreError, MlopsRayError, SourceError
 from mlops_ray.features.columns import instants, normalise_instants
 
 _FORMATS = {
@@ -103,7 +103,7 @@ def _read_files(path: str, where: str) -> pa.Table:
         )
     kinds = sorted({_FORMATS.get(file.suffix.lower(), "") for file in files})
     if len(kinds) > 1 or not kinds[0]:
-        raise DataError(
+        raise SourceError(
             f"cannot tell the format of the files at {path}",
             where=f"{where}.path",
             why=f"their suffixes are {', '.join(sorted({file.suffix for file in files}))}",

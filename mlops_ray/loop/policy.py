@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from pydantic import Field
+
 from mlops_ray.config.base import Frozen, Instant, format_duration
 from mlops_ray.config.monitoring import Drift, Loop, Monitoring, Performance
 from mlops_ray.monitoring.measurement import (
@@ -37,7 +39,7 @@ class Decision(Frozen):
 
     action: Literal["wait", "retrain"]
     reason: str
-    evidence: Evidence = {}
+    evidence: Evidence = Field(default_factory=dict)
 
 
 def decide(state: LoopState, loop: Loop, monitoring: Monitoring) -> Decision:
@@ -92,11 +94,10 @@ def _performance_triggers(
     if measured.rows < performance.min_rows:
         return
     if _excess(measured.reference_auc, measured.auc, performance.max_auc_drop):
-        yield f"AUC {measured.auc:.3f}, {measured.reference_auc:.3f} when it was judged"
+        yield f"AUC {measured.auc:.3f}, was {measured.reference_auc:.3f} at evaluation"
     if _excess(measured.log_loss, measured.reference_log_loss, performance.max_log_loss_rise):
-        yield (
-            f"log loss {measured.log_loss:.3f}, {measured.reference_log_loss:.3f} when it was judged"
-        )
+        was = measured.reference_log_loss
+        yield f"log loss {measured.log_loss:.3f}, was {was:.3f} at evaluation"
 
 
 def _excess(high: float | None, low: float | None, limit: float) -> bool:

@@ -44,8 +44,9 @@ class Delta:
     ``buckets`` holds the feature counts of the new predictions by the UTC day of their prediction
     time (``2013-03-01``), binned by the reference profile with ``reference_digest``. ``predictions``
     has ``prediction_schema`` with a column ``shadow_<alias>`` for each model in shadow; ``labels``
-    has ``LABEL_SCHEMA``. ``part`` names the file of the prediction log that holds the same rows
-    (empty where there are only labels): a receiver that lost its memory can read what it missed.
+    has ``LABEL_SCHEMA``. ``part`` names the files of the prediction log that hold the same rows, in its
+    folders ``predictions`` and ``labels``: a receiver that lost its memory can read what it missed.
+    Where there are only labels, ``version`` is 0 and ``reference_digest`` empty.
     """
 
     version: int

@@ -19,11 +19,11 @@ SHADOW = "shadow_"
 class LabelJoin:
     """Predictions and labels joined by id, whatever the order in which they come.
 
-    Both may come late, out of order, or more than once. The first prediction of an id stands. Of its
-    labels, those count that became known within ``horizon`` of the prediction's time, and of these
-    the one known last; so a label can be corrected, and adding the same table again changes nothing.
-    Memory is bounded: ``forget`` drops predictions older than ``keep`` and unmatched labels older
-    than ``horizon``.
+    Both may come late, out of order, or more than once. The first prediction of an id stands. Of
+    its labels, those count that became known within ``horizon`` of the prediction's time, and of
+    these the one known last; so a label can be corrected, and adding the same table again changes
+    nothing. Memory is bounded: ``forget`` drops predictions older than ``keep`` and unmatched
+    labels older than ``horizon``.
 
     Args:
         horizon: The longest wait for a label.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from mlops_ray.config.base import Frozen, Instant
 
 
@@ -22,7 +24,7 @@ class DriftMeasurement(Frozen):
     """
 
     rows: int = 0
-    psi: dict[str, float] = {}
+    psi: dict[str, float] = Field(default_factory=dict)
     noise: float | None = None
 
 

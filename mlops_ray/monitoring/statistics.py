@@ -16,9 +16,9 @@ def psi(reference: ArrayLike, live: ArrayLike, *, smoothing: float = SMOOTHING) 
     """Return the population stability index of ``live`` against ``reference``; 0 when they agree.
 
     PSI = Σ (qᵢ − pᵢ) · ln(qᵢ / pᵢ) over the cells i, where p and q are the shares of the reference
-    and of the live rows in cell i (Siddiqi, *Credit Risk Scorecards*, 2006, ch. 8). It is the sum of
-    both Kullback-Leibler divergences, hence symmetric and never negative. By custom .1 is worth a
-    look and .2 a drift.
+    and of the live rows in cell i (Siddiqi, *Credit Risk Scorecards*, 2006, ch. 8). It is the sum
+    of both Kullback-Leibler divergences, hence symmetric and never negative. By custom .1 is worth
+    a look and .2 a drift.
 
     Shares are taken after ``smoothing`` is added to each count, so that an empty cell gives a
     finite term: pᵢ = (nᵢ + s) / (N + s·k). Cells empty on both sides say nothing and are left out.
@@ -46,9 +46,9 @@ def psi(reference: ArrayLike, live: ArrayLike, *, smoothing: float = SMOOTHING) 
 def psi_noise(cells: int, reference_rows: int, live_rows: int) -> float:
     """Return the PSI to expect from sampling alone when nothing has drifted.
 
-    PSI is then about χ²(k−1) · (1/N + 1/M), whose mean is (k−1) · (1/N + 1/M) (Yurdakul, *Statistical
-    Properties of Population Stability Index*, 2018). Ten bins and 100 live rows already give .09:
-    a threshold means little below a few hundred rows.
+    PSI is then about χ²(k−1) · (1/N + 1/M), whose mean is (k−1) · (1/N + 1/M) (Yurdakul,
+    *Statistical Properties of Population Stability Index*, 2018). Ten bins and 100 live rows
+    already give .09: a threshold means little below a few hundred rows.
     """
     if min(reference_rows, live_rows) <= 0:
         return float("inf")

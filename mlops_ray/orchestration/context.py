@@ -42,6 +42,9 @@ class Context:
 
     It holds no configuration: what a step depends on comes in through its declared inputs, so that
     the cache key of the step is complete.
+
+    ``command`` is the argument vector that runs a workflow of this project as it is configured now;
+    a step that starts a further run appends ``workflow=NAME`` and other overrides to it.
     """
 
     project: str
@@ -49,3 +52,4 @@ class Context:
     run_id: str = "adhoc"
     step: str = "adhoc"
     reporter: Reporter = field(default_factory=Silent)
+    command: tuple[str, ...] = ()

@@ -64,6 +64,7 @@ class Executor:
         project: What to run.
         directory: The working directory; provenance looks for git and the lock file there.
         roots: Folders that hold the project's code.
+        command: How to run a workflow of this project again, see ``Context``.
         listener: Called about four times a second with the run and its steps.
     """
 
@@ -73,11 +74,13 @@ class Executor:
         *,
         directory: Path,
         roots: tuple[str, ...] = (),
+        command: tuple[str, ...] = (),
         listener: Listener | None = None,
     ) -> None:
         self._project = project
         self._directory = directory
         self._roots = roots
+        self._command = command
         self._listener = listener
         self._home = Home(project.home)
         self._graph: Graph = build(project.workflow)
@@ -207,6 +210,7 @@ class Executor:
             target=step.uses,
             arguments=arguments_of(step, state.outputs, self._artifacts),
             roots=self._roots,
+            command=self._command,
         )
         options: dict[str, Any] = {
             "num_cpus": step.resources.num_cpus,

@@ -37,6 +37,7 @@ class Task:
     target: str
     arguments: dict[str, Any]
     roots: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
 
 
 class LedgerReporter:
@@ -95,7 +96,7 @@ def execute(task: Task) -> ArtifactRef:
 
 def _call(task: Task, home: Home, ledger: Ledger) -> ArtifactRef:
     reporter = LedgerReporter(ledger, task)
-    context = Context(task.project, home, task.run_id, task.step, reporter)
+    context = Context(task.project, home, task.run_id, task.step, reporter, task.command)
     artifacts = ArtifactStore(home.artifacts)
     try:
         function = load(task.target)

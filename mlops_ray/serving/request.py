@@ -78,7 +78,7 @@ class RequestSchema:
             if key not in _BODY:
                 _unknown(key, _BODY, "key")
         if ("rows" in content) == ("columns" in content):
-            raise RequestError("give either rows or columns", field="rows")
+            raise RequestError("give either rows or columns, not both or neither", field="rows")
         if "rows" in content:
             values, count = self._from_rows(content["rows"])
         else:
@@ -92,37 +92,34 @@ class RequestSchema:
         width = len(self._fields)
         for index, row in enumerate(rows):
             if type(row) is not dict:
-                raise RequestError("a row must be an object", field="rows", row=index)
+                raise _refusal("must hold an object for each row", "rows", index)
             if len(row) != width or not all(name in row for name in self._fields):
                 self._bad_names(row, index)
         return {name: [row[name] for row in rows] for name in self._fields}, len(rows)
 
     def _from_columns(self, columns: Any) -> tuple[dict[str, list[Any]], int]:
         if type(columns) is not dict:
-            raise RequestError("columns must be an object of lists", field="columns")
+            raise _refusal("must be an object of lists", "columns")
         self._bad_names(columns, None)
         first = next(iter(self._fields))
         for name in self._fields:
             if type(columns[name]) is not list:
-                raise RequestError("must be a list of values", field=name)
+                raise _refusal("must be a list of values", name)
             if len(columns[name]) != len(columns[first]):
-                raise RequestError(
-                    f"has {len(columns[name])} values where {first} has {len(columns[first])}",
-                    field=name,
+                raise _refusal(
+                    f"has {len(columns[name])} values where {first} has {len(columns[first])}", name
                 )
         self._check_count(columns[first], first)
         return columns, len(columns[first])
 
     def _check_count(self, values: Any, name: str) -> None:
         if type(values) is not list:
-            raise RequestError("must be a list", field=name)
+            raise _refusal("must be a list", name)
         if not values:
-            raise RequestError("holds no rows", field=name)
+            raise _refusal("holds no rows", name)
         if len(values) > self._max_rows:
-            raise RequestError(
-                f"{len(values)} rows are more than the {self._max_rows} that a request may hold",
-                status=413,
-                field=name,
+            raise _refusal(
+                f"holds {len(values)} rows; a request may have {self._max_rows}", name, status=413
             )
 
     def _bad_names(self, row: dict[str, Any], index: int | None) -> None:
@@ -132,7 +129,7 @@ class RequestSchema:
                 _unknown(name, set(self._fields), "field", index)
         for name in self._fields:
             if name not in row:
-                raise RequestError("is missing", field=name, row=index)
+                raise _refusal("is missing", name, index)
 
 
 def parse_feedback(body: bytes, max_rows: int, now: datetime) -> Feedback:
@@ -148,15 +145,15 @@ def parse_feedback(body: bytes, max_rows: int, now: datetime) -> Feedback:
         raise RequestError('the body must be {"labels": [{"id": …, "label": …}]}', field="labels")
     rows = content["labels"]
     if type(rows) is not list or not rows:
-        raise RequestError("must be a list of at least one label", field="labels")
+        raise _refusal("must be a list of at least one label", "labels")
     if len(rows) > max_rows:
-        raise RequestError(
-            f"more than the {max_rows} labels of a request", status=413, field="labels"
+        raise _refusal(
+            f"holds {len(rows)} labels; a request may have {max_rows}", "labels", status=413
         )
     feedback = Feedback([], [], [])
     for index, row in enumerate(rows):
         if type(row) is not dict:
-            raise RequestError("a label must be an object", field="labels", row=index)
+            raise _refusal("must hold an object for each label", "labels", index)
         for name in row:
             if name not in ("id", "label", "known_at"):
                 _unknown(name, {"id", "label", "known_at"}, "field", index)
@@ -184,7 +181,7 @@ class _FieldParser:
 
     def parse(self, values: list[Any]) -> Column:
         if None in values and not self._nullable:
-            raise RequestError("must not be null", field=self._name, row=values.index(None))
+            raise _refusal("must not be null", self._name, values.index(None))
         return self._array(values)
 
     def _string(self, values: list[Any]) -> Column:
@@ -206,7 +203,7 @@ class _FieldParser:
             if type(value) is not int:
                 self._wrong("a whole number", value, row)
             if not _INT64_MIN <= value <= _INT64_MAX:
-                raise RequestError("does not fit 64 bits", field=self._name, row=row)
+                raise _refusal("does not fit 64 bits", self._name, row)
             self._check_bounds(value, row)
         return _objects(values) if None in values else np.array(values, dtype=np.int64)
 
@@ -218,16 +215,14 @@ class _FieldParser:
             if kind is not float and kind is not int:
                 self._wrong("a number", value, row)
             if kind is float and not math.isfinite(value):
-                raise RequestError(
-                    "must be finite: NaN and Infinity are refused", field=self._name, row=row
-                )
+                raise _refusal("must be finite: NaN and Infinity are refused", self._name, row)
             self._check_bounds(value, row)
         # None becomes NaN. An int beyond float's range cannot come out of a JSON number of the
         # decoders in use, but can out of Python's own.
         try:
             return np.array(values, dtype=np.float64)
         except OverflowError:
-            raise RequestError("is too large", field=self._name) from None
+            raise _refusal("is too large", self._name) from None
 
     def _timestamp(self, values: list[Any]) -> Column:
         micros = [
@@ -240,15 +235,11 @@ class _FieldParser:
 
     def _check_bounds(self, value: float, row: int) -> None:
         if self._bounded and not self._minimum <= value <= self._maximum:
-            which = (
-                f"less than {self._minimum:g}"
-                if value < self._minimum
-                else f"more than {self._maximum:g}"
-            )
-            raise RequestError(f"{value:g} is {which}", field=self._name, row=row)
+            low, high = f"be at least {self._minimum:g}", f"be at most {self._maximum:g}"
+            raise _refusal(f"must {low if value < self._minimum else high}", self._name, row)
 
     def _wrong(self, wanted: str, value: Any, row: int) -> NoReturn:
-        raise RequestError(f"must be {wanted}, not {_kind(value)}", field=self._name, row=row)
+        raise _refusal(f"must be {wanted}, not {_kind(value)}", self._name, row)
 
 
 def _decode(body: bytes) -> tuple[Any, RequestError | None]:
@@ -276,18 +267,14 @@ def _objects(values: list[Any]) -> Column:
 def _instant(value: Any, name: str, row: int) -> int:
     """µs since 1970 UTC of an ISO 8601 text; one without an offset is UTC."""
     if type(value) is not str:
-        raise RequestError(
-            f"must be an ISO 8601 time like 2013-03-01T13:15:00Z, not {_kind(value)}",
-            field=name,
-            row=row,
+        raise _refusal(
+            f"must be an ISO 8601 time like 2013-03-01T13:15:00Z, not {_kind(value)}", name, row
         )
     try:
         return _micros(datetime.fromisoformat(value))
     except ValueError:
-        raise RequestError(
-            f"{_shorten(value)} is not an ISO 8601 time like 2013-03-01T13:15:00Z",
-            field=name,
-            row=row,
+        raise _refusal(
+            f"must be an ISO 8601 time like 2013-03-01T13:15:00Z, not {_shorten(value)}", name, row
         ) from None
 
 
@@ -299,35 +286,37 @@ def _micros(moment: datetime) -> int:
 
 def _ids(ids: Any, count: int) -> list[str]:
     if type(ids) is not list:
-        raise RequestError("must be a list of strings", field="ids")
+        raise _refusal("must be a list of strings", "ids")
     if len(ids) != count:
-        raise RequestError(f"holds {len(ids)} ids for {count} rows", field="ids")
+        raise _refusal(f"holds {len(ids)} ids for {count} rows", "ids")
     for row, value in enumerate(ids):
         _check_id(value, "ids", row)
     if len(set(ids)) != count:
         row = next(row for row, value in enumerate(ids) if value in ids[:row])
-        raise RequestError(f"{_shorten(ids[row])} comes twice", field="ids", row=row)
+        raise _refusal(f"holds {_shorten(ids[row])} twice", "ids", row)
     return ids
 
 
 def _check_id(value: Any, name: str, row: int) -> str:
     if type(value) is not str or not value or len(value) > MAX_ID_LENGTH:
-        raise RequestError(
-            f"an id must be a string of 1 to {MAX_ID_LENGTH} characters", field=name, row=row
-        )
+        raise _refusal(f"must be a string of 1 to {MAX_ID_LENGTH} characters", name, row)
     return value
 
 
 def _label(value: Any, row: int) -> int:
     if type(value) in (int, bool) and value in (0, 1):
         return int(value)
-    raise RequestError("must be 0 or 1", field="label", row=row)
+    raise _refusal("must be 0 or 1", "label", row)
 
 
 def _unknown(name: str, known: set[str], what: str, row: int | None = None) -> NoReturn:
     close = difflib.get_close_matches(name[:80], sorted(known), n=1)
     hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
     raise RequestError(f"unknown {what} {_shorten(name)}{hint}", field=name[:80], row=row)
+
+
+def _refusal(text: str, field: str, row: int | None = None, *, status: int = 422) -> RequestError:
+    return RequestError(f"{field} {text}", status=status, field=field, row=row)
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,82 @@
+"""The verb ``models``: what is in the registry, and where each version comes from."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mlops_ray.config.locate import default_home
+from mlops_ray.metadata.home import Home
+
+
+@click.group()
+def models() -> None:
+    """List registered models, or show one version with its lineage."""
+
+
+@models.command("list")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_versions(name: str, as_json: bool) -> None:
+    """List the versions of model NAME, with their aliases and metrics."""
+    from mlops_ray.registry.registry import Registry
+
+    registry = Registry(Home(default_home()))
+    described = [registry.describe(f"{name}@{v.version}") for v in registry.versions(name)]
+    if as_json:
+        click.echo(json.dumps(described, default=str, indent=2))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("version", "aliases", "auc", "log loss", "commit", "run"):
+        table.add_column(column)
+    for item in described:
+        metrics, lineage = item.get("metrics", {}), item.get("lineage", {})
+        table.add_row(
+            f"{name}@{item['version']}",
+            ", ".join(item.get("aliases", [])),
+            _number(metrics.get("auc")),
+            _number(metrics.get("log_loss")),
+            str(lineage.get("commit", ""))[:10],
+            str(lineage.get("run_id", "")),
+        )
+    Console().print(table)
+
+
+@models.command()
+@click.argument("reference", metavar="NAME@VERSION")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(reference: str, as_json: bool) -> None:
+    """Show a version: data version, code, config, environment, metrics, parent run.
+
+    NAME@VERSION is for example flights@3 or flights@champion.
+    """
+    from mlops_ray.registry.registry import Registry
+
+    described = Registry(Home(default_home())).describe(reference)
+    if as_json:
+        click.echo(json.dumps(described, default=str, indent=2))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for path, value in _flat(described):
+        table.add_row(path, value)
+    Console().print(table)
+
+
+def _number(value: Any) -> str:
+    return f"{float(value):.4f}" if value is not None else ""
+
+
+def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        return [
+            row for key, item in value.items() for row in _flat(item, f"{path}.{key}".strip("."))
+        ]
+    if isinstance(value, list | tuple):
+        return [(path, ", ".join(str(item) for item in value))]
+    return [(path, f"{value:.6g}" if isinstance(value, float) else str(value))]

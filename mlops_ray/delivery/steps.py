@@ -1,0 +1,51 @@
+"""The steps of delivery: judging a challenger and making it the champion."""
+
+from __future__ import annotations
+
+from mlops_ray.config.training import Gate
+from mlops_ray.delivery.gate import decide
+from mlops_ray.metadata.types import GateDecision, ModelVersion, Report
+from mlops_ray.orchestration.context import Context
+
+CHAMPION = "champion"
+FIRST = "first"
+
+
+def gate(context: Context, report: Report, against: Report | None, gate: Gate) -> GateDecision:
+    """Decide whether a challenger may replace the champion, and record the decision."""
+    decision = decide(report, against, gate)
+    context.reporter.event(
+        "gate", passed=decision.passed, reason=decision.reason, evidence=decision.evidence
+    )
+    return decision
+
+
+def promote(context: Context, version: ModelVersion, decision: GateDecision) -> ModelVersion:
+    """Move the alias ``champion`` to a version that passed, and leave it where it did not.
+
+    The first champion of a model also gets the alias ``first``, which never moves.
+
+    Raises:
+        RegistryError: The version is not in the registry.
+    """
+    from mlops_ray.registry.registry import Registry
+
+    if not decision.passed:
+        context.reporter.event(
+            "rejection", model=version.name, version=version.version, reason=decision.reason
+        )
+        return version
+    registry = Registry(context.home)
+    aliases = registry.aliases(version.name)
+    registry.set_alias(version.name, CHAMPION, version.version)
+    if FIRST not in aliases:
+        registry.set_alias(version.name, FIRST, version.version)
+    context.reporter.event(
+        "promotion",
+        model=version.name,
+        version=version.version,
+        previous=aliases.get(CHAMPION),
+        reason=decision.reason,
+        evidence=decision.evidence,
+    )
+    return version

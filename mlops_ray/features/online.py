@@ -1,0 +1,346 @@
+"""The online store: the newest feature row of every entity, in LMDB, read within microseconds.
+
+One value per (view, entity key), in little-endian words of eight bytes: schema id, event time,
+created time (µs since 1970), null bits (one word for each 64 features), then the features as float64.
+The schema id stands for the view's definition: a row written under another one is not read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from mlops_ray.config.features import Features
+from mlops_ray.errors import FeatureStoreError
+from mlops_ray.features.definitions import define
+from mlops_ray.features.keys import encode_key, encode_keys
+
+PRESENT, NULL, NOT_FOUND, EXPIRED = 0, 1, 2, 3
+
+_MAP_BYTES = 16 * 2**30
+_MOST_READERS = 512
+_HEAD = 3
+_WORD = np.dtype("<i8")
+_FLOAT = np.dtype("<f8")
+_NEVER = np.iinfo(np.int64).max
+
+Keys = Sequence[NDArray[Any]]
+
+
+class OnlineStore(Protocol):
+    """What the pipeline writes and serving reads."""
+
+    def write(
+        self,
+        view: str,
+        keys: Keys,
+        event_us: NDArray[np.int64],
+        created_us: NDArray[np.int64],
+        values: NDArray[np.float64],
+        null: NDArray[np.bool_] | None = None,
+    ) -> int:
+        """Keep each row that is newer than the stored one; return how many were kept."""
+
+    def read_matrix(
+        self, view: str, keys: Keys, at_us: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+        """Return features [n, f] as of ``at_us`` and the status of each."""
+
+    def watermark(self, view: str) -> int | None:
+        """Return up to which created time (µs) the view is written, None if never."""
+
+    def move_watermark(self, view: str, watermark_us: int) -> None:
+        """Say that the view is written up to there. It never moves back."""
+
+    def flush(self) -> None:
+        """Make all that was written survive a crash of the machine."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the values of one view are laid out."""
+
+    prefix: bytes
+    schema: bytes
+    features: int
+    null_words: int
+    ttl_us: int
+    blank: bytes
+
+    @property
+    def words(self) -> int:
+        return _HEAD + self.null_words + self.features
+
+
+class LmdbStore:
+    """An online store in one LMDB folder.
+
+    Any number of processes may read while one writes; writers take turns. A write is atomic and
+    seen by the next read. A killed process loses nothing; what came after the last ``flush`` may be
+    lost with the machine, and the pipeline then fills the store again from the offline store.
+
+    Args:
+        path: The folder; made when the store is opened for writing.
+        features: The declarations of the views.
+        readonly: Open for reading only, as serving does.
+    """
+
+    def __init__(self, path: Path, features: Features, *, readonly: bool = False) -> None:
+        self._path = path
+        self._readonly = readonly
+        self._layouts = {name: _layout(features, name) for name in features.views}
+        self._env = _environment(path, readonly)
+        self._writing: Any = None
+
+    def write(
+        self,
+        view: str,
+        keys: Keys,
+        event_us: NDArray[np.int64],
+        created_us: NDArray[np.int64],
+        values: NDArray[np.float64],
+        null: NDArray[np.bool_] | None = None,
+    ) -> int:
+        """Keep each row that is newer than the stored one; return how many were kept.
+
+        Newer is by (event time, created time), so the order of writing does not matter; an equal row
+        replaces the stored one. Rows whose key has a null are skipped.
+
+        Args:
+            view: The view's name.
+            keys: The entity's key columns, in order, each [n].
+            event_us: int64 [n], µs since 1970.
+            created_us: int64 [n], µs since 1970.
+            values: float64 [n, f] in the view's feature order.
+            null: bool [n, f], which of them are null; none when left out.
+        """
+        layout = self._layout(view)
+        size = layout.words * _WORD.itemsize
+        packed = _pack(layout, event_us, created_us, values, null)
+        times = zip(event_us.tolist(), created_us.tolist(), strict=True)
+        kept = 0
+        with self._transaction() as transaction:
+            for row, (key, time) in enumerate(
+                zip(encode_keys(layout.prefix, keys), times, strict=True)
+            ):
+                if key is None:
+                    continue
+                stored = transaction.get(key)
+                if stored is not None and stored[:8] == layout.schema and _times(stored) > time:
+                    continue
+                transaction.put(key, packed[row * size : (row + 1) * size])
+                kept += 1
+        return kept
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Make all writes inside one atomic transaction."""
+        if self._writing is not None:
+            yield
+            return
+        with self._environment_for_writing().begin(write=True) as transaction:
+            self._writing = transaction
+            try:
+                yield
+            finally:
+                self._writing = None
+
+    def read_matrix(
+        self, view: str, keys: Keys, at_us: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+        """Return the features of each key as of ``at_us``, float64 [n, f], and uint8 statuses [n, f].
+
+        PRESENT: the value. NULL: the newest row has a null there. EXPIRED: the newest row is older
+        than the view's TTL at that moment. NOT_FOUND: there is no row; or the newest one lies after
+        that moment, by event time or created time (the store keeps no older one); or a key is null.
+        All but PRESENT are NaN in the matrix.
+        """
+        layout = self._layout(view)
+        schema, blank, found = layout.schema, layout.blank, []
+        with self._env.lmdb.begin() as transaction:
+            get = transaction.get
+            for key in encode_keys(layout.prefix, keys):
+                value = get(key) if key is not None else None
+                found.append(value if value is not None and value[:8] == schema else blank)
+        words = np.frombuffer(b"".join(found), _WORD).reshape(len(found), layout.words)
+        matrix = words[:, _HEAD + layout.null_words :].view(_FLOAT).copy()
+        status = np.zeros(matrix.shape, np.uint8)
+        if words[:, _HEAD : _HEAD + layout.null_words].any():
+            status[_null_bits(words, layout)] = NULL
+        _judge(status, words[:, 1], words[:, 2], at_us, layout.ttl_us)
+        if status.any():
+            matrix[status != PRESENT] = np.nan
+        return matrix, status
+
+    def watermark(self, view: str) -> int | None:
+        """Return up to which created time (µs) the view is written, None if never."""
+        with self._env.lmdb.begin() as transaction:
+            value = transaction.get(self._watermark_key(view))
+        return None if value is None else int.from_bytes(value, "little", signed=True)
+
+    def move_watermark(self, view: str, watermark_us: int) -> None:
+        """Say that the view is written up to there. It never moves back."""
+        key = self._watermark_key(view)
+        with self._transaction() as transaction:
+            value = transaction.get(key)
+            if value is None or int.from_bytes(value, "little", signed=True) < watermark_us:
+                transaction.put(key, watermark_us.to_bytes(8, "little", signed=True))
+
+    def flush(self) -> None:
+        """Make all that was written survive a crash of the machine."""
+        self._environment_for_writing().sync(True)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        with self.batch():
+            yield self._writing
+
+    def _environment_for_writing(self) -> Any:
+        if self._readonly:
+            raise FeatureStoreError("this online store is open for reading", where=str(self._path))
+        return self._env.lmdb
+
+    def _layout(self, view: str) -> _Layout:
+        if view not in self._layouts:
+            raise FeatureStoreError(
+                f"there is no feature view {view!r}", fix=f"known views: {', '.join(self._layouts)}"
+            )
+        return self._layouts[view]
+
+    def _watermark_key(self, view: str) -> bytes:
+        layout = self._layout(view)
+        return b"w" + layout.prefix + layout.schema
+
+
+def _layout(features: Features, name: str) -> _Layout:
+    definition = define(features, name)
+    count = len(definition.feature_names)
+    null_words = (count + 63) // 64
+    schema = bytes.fromhex(definition.digest[:16])
+    blank = np.zeros(_HEAD + null_words + count, _WORD)
+    blank[1:_HEAD] = _NEVER
+    prefix = encode_key(b"v", [name])
+    assert prefix is not None
+    ttl_us = _NEVER if definition.ttl_us is None else definition.ttl_us
+    return _Layout(prefix, schema, count, null_words, ttl_us, blank.tobytes())
+
+
+def _pack(
+    layout: _Layout,
+    event_us: NDArray[np.int64],
+    created_us: NDArray[np.int64],
+    values: NDArray[np.float64],
+    null: NDArray[np.bool_] | None,
+) -> bytes:
+    rows = len(event_us)
+    if values.shape != (rows, layout.features):
+        raise FeatureStoreError(
+            f"{rows} rows of {layout.features} features are due, the matrix is {values.shape}"
+        )
+    words = np.zeros((rows, layout.words), _WORD)
+    words[:, 0] = np.frombuffer(layout.schema, _WORD)
+    words[:, 1] = event_us
+    words[:, 2] = created_us
+    if null is not None:
+        bits = np.zeros((rows, layout.null_words * 64), np.bool_)
+        bits[:, : layout.features] = null
+        packed = np.packbits(bits, axis=1, bitorder="little")
+        words[:, _HEAD : _HEAD + layout.null_words] = packed.view(_WORD)
+    words[:, _HEAD + layout.null_words :].view(_FLOAT)[:] = values
+    return words.tobytes()
+
+
+def _times(stored: bytes) -> tuple[int, int]:
+    event = int.from_bytes(stored[8:16], "little", signed=True)
+    return event, int.from_bytes(stored[16:24], "little", signed=True)
+
+
+def _null_bits(words: NDArray[np.int64], layout: _Layout) -> NDArray[np.bool_]:
+    bits = np.ascontiguousarray(words[:, _HEAD : _HEAD + layout.null_words]).view(np.uint8)
+    unpacked = np.unpackbits(bits, axis=1, count=layout.features, bitorder="little")
+    return unpacked.astype(np.bool_)
+
+
+def _judge(
+    status: NDArray[np.uint8],
+    event_us: NDArray[np.int64],
+    created_us: NDArray[np.int64],
+    at_us: NDArray[np.int64],
+    ttl_us: int,
+) -> None:
+    """Set the status of rows that may not be used at their moment."""
+    after = (event_us > at_us) | (created_us > at_us)
+    if ttl_us != _NEVER:
+        old = at_us - event_us > ttl_us
+        if old.any():
+            status[old] = EXPIRED
+    if after.any():
+        status[after] = NOT_FOUND
+
+
+class _Environment:
+    """The LMDB environment of one folder in one process; it becomes writable when asked to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writable = False
+        self.lmdb: Any = None
+
+    def open(self, readonly: bool) -> None:
+        if self.lmdb is not None and (readonly or self._writable):
+            return
+        if self.lmdb is not None:
+            self.lmdb.close()
+        self.lmdb = _open(self._path, readonly)
+        self._writable = not readonly
+
+
+# LMDB forbids a process to open one folder twice, so its stores of one folder share an environment.
+_environments: dict[tuple[str, int], _Environment] = {}
+_opening = threading.Lock()
+
+
+def _environment(path: Path, readonly: bool) -> _Environment:
+    identity = (str(path.absolute()), os.getpid())
+    with _opening:
+        shared = _environments.setdefault(identity, _Environment(path))
+        shared.open(readonly)
+        return shared
+
+
+def _open(path: Path, readonly: bool) -> Any:
+    if readonly and not (path / "data.mdb").exists():
+        raise FeatureStoreError(
+            "there is no online store yet",
+            where=str(path),
+            fix="run the features workflow first: it fills the store",
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        environment = lmdb.open(
+            str(path),
+            map_size=_MAP_BYTES,
+            readonly=readonly,
+            max_readers=_MOST_READERS,
+            sync=False,
+            metasync=False,
+        )
+        # A killed reader would keep old pages from being used again.
+        environment.reader_check()
+    except lmdb.Error as error:
+        raise FeatureStoreError(
+            "the online store cannot be opened",
+            where=str(path),
+            why=str(error),
+            fix="check the folder's permissions and the disk's free space",
+        ) from error
+    return environment
