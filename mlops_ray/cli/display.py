@@ -40,7 +40,9 @@ def plan_table(project: Project, graph: Graph, plan: Plan) -> Group:
         mark, style = _STYLE[item.state]
         needs = ", ".join(sorted(graph.after[item.name]))
         key = (item.key or "")[:10]
-        table.add_row(Text(mark, style), item.name, needs, Text(item.state, style), item.reason, key)
+        table.add_row(
+            Text(mark, style), item.name, needs, Text(item.state, style), item.reason, key
+        )
     title = f"{project.name} · {project.workflow.name}"
     if plan.resumes is not None:
         title += f" · would go on with run {plan.resumes.run_id} ({plan.resumes.status})"
@@ -110,7 +112,9 @@ class RunDisplay:
         message = step.message or ""
         if changed and step.status != "pending":
             rows = f" {step.rows:,} rows" if step.rows is not None else ""
-            print(f"{step.name}: {step.status} {_duration(step)}{rows} {message}".rstrip(), flush=True)
+            print(
+                f"{step.name}: {step.status} {_duration(step)}{rows} {message}".rstrip(), flush=True
+            )
             self._said[step.name] = (now, message)
             return
         last, text = self._said.get(step.name, (now, ""))

@@ -13,9 +13,10 @@ from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mlops_ray.config.locate import Workspace
@@ -84,6 +85,7 @@ def sweep(overrides: list[str]) -> list[list[str]]:
 
 
 def _loader(workspace: Workspace) -> ConfigLoaderImpl:
+    Plugins.instance()
     path = ConfigSearchPathImpl()
     path.append("hydra", "pkg://hydra.conf")
     for index, folder in enumerate(workspace.search_path):
@@ -119,22 +121,17 @@ def _lenient(loader: ConfigLoaderImpl, override: Override) -> str:
 
 
 def _plain(config: DictConfig, origins: dict[str, tuple[str, int | None]]) -> dict[str, Any]:
-    from omegaconf import open_dict
-
     with open_dict(config):
         config.pop("hydra", None)
-    problems = [
-        _located(str(key), "a value is required (it is ???).", origins)
-        for key in sorted(OmegaConf.missing_keys(config))
-    ]
-    if problems:
-        raise ConfigError(problems)
     try:
-        values = OmegaConf.to_container(config, resolve=True)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        values = None if missing else OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
-        text = str(error).splitlines()[0]
-        raise ConfigError([_located(key, text, origins)]) from error
+        raise ConfigError([_located(key, str(error).splitlines()[0], origins)]) from error
+    if missing:
+        required = "a value is required (it is ???)."
+        raise ConfigError([_located(key, required, origins) for key in missing])
     return {str(key): value for key, value in dict(values or {}).items()}  # type: ignore[arg-type]
 
 

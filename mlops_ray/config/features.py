@@ -105,7 +105,9 @@ class FeatureView(Frozen):
         if not self.windows:
             return self.columns
         return tuple(
-            f"{name}_{format_duration(window)}" for name in self.aggregates for window in self.windows
+            f"{name}_{format_duration(window)}"
+            for name in self.aggregates
+            for window in self.windows
         )
 
 
@@ -185,4 +187,6 @@ class Features(Frozen):
     @staticmethod
     def _known(name: str, known: dict[str, Any], where: str) -> None:
         if name not in known:
-            raise ValueError(f"{where} names {name!r}, which is not declared; known: {sorted(known)}")
+            raise ValueError(
+                f"{where} names {name!r}, which is not declared; known: {sorted(known)}"
+            )

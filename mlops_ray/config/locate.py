@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mlops_ray.errors import ConfigError, Problem
 
-
 FOLDER = ".mlops-ray"
 
 

@@ -21,7 +21,9 @@ def decide(challenger: Report, champion: Report | None, gate: Gate) -> GateDecis
     evidence = _evidence(challenger, champion, gate)
     reason = _objection(challenger, champion, gate)
     return GateDecision(
-        passed=reason is None, reason=reason or _praise(challenger, champion, gate), evidence=evidence
+        passed=reason is None,
+        reason=reason or _praise(challenger, champion, gate),
+        evidence=evidence,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,9 @@ class OnlineStore(Protocol):
 
     def move_watermark(self, view: str, watermark_us: int) -> None:
         """Say that the view is written up to there. It never moves back."""
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Make all writes inside one atomic transaction."""
 
     def flush(self) -> None:
         """Make all that was written survive a crash of the machine."""

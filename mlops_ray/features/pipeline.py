@@ -99,7 +99,8 @@ class FeaturePipeline:
                     self._pending[name].append(rows)
                     written += len(rows)
                 self._online.move_watermark(name, until_us)
-                self._until_us[name] = max(until_us, self._until_us[name] or until_us)
+                done_us = self._until_us[name]
+                self._until_us[name] = until_us if done_us is None else max(until_us, done_us)
         if commit:
             self.commit()
         return written
@@ -116,10 +117,11 @@ class FeaturePipeline:
             if watermark_us is None or (not pending and self._versions[name] >= 0):
                 continue
             stream = self._streams[name]
-            tables = [table_of(stream.definition, stream.source, _joined(pending))]
-            self._versions[name] = self._offline.append(
-                name, tables if pending else [], watermark_us
-            )
+            tables = []
+            if pending:
+                joined = FeatureRows.join(pending)
+                tables = [table_of(stream.definition, stream.source, joined)]
+            self._versions[name] = self._offline.append(name, tables, watermark_us)
             pending.clear()
         return self.versions
 
@@ -173,7 +175,7 @@ class FeaturePipeline:
 
     def _write_online(self, stream: Stream, rows: FeatureRows) -> None:
         newest = rows.newest() if len(rows) > _ONE_BY_ONE else rows
-        keys = [values[newest.entity] for values in self._keys(stream)]
+        keys = [values[newest.entity] for values in stream.source.key_arrays]
         self._online.write(
             stream.definition.name,
             keys,
@@ -182,3 +184,9 @@ class FeaturePipeline:
             newest.values,
             newest.null,
         )
+
+
+def _ray_is_up() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())

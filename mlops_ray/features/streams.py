@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +53,17 @@ class FeatureRows:
             self.null[rows],
         )
 
+    @staticmethod
+    def join(parts: Sequence[FeatureRows]) -> FeatureRows:
+        """Return the rows of all parts, of which there is at least one."""
+        return FeatureRows(
+            np.concatenate([part.entity for part in parts]),
+            np.concatenate([part.event_us for part in parts]),
+            np.concatenate([part.created_us for part in parts]),
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.null for part in parts]),
+        )
+
     def newest(self) -> FeatureRows:
         """Return the newest row of each entity, by (event time, created time)."""
         order = np.lexsort((self.created_us, self.event_us, self.entity))
@@ -65,6 +77,11 @@ class SourceRows:
 
     rows: Rows
     keys: tuple[pa.Array, ...]
+
+    @cached_property
+    def key_arrays(self) -> tuple[NDArray[Any], ...]:
+        """The entities' key columns in numpy."""
+        return tuple(values.to_numpy(zero_copy_only=False) for values in self.keys)
 
     def between(self, after_us: int, upto_us: int) -> slice:
         """Return where the rows are that arrive in (after, upto]."""

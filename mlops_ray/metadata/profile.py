@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -104,6 +105,7 @@ class NumericBins:
 
     @property
     def size(self) -> int:
+        """Number of bins."""
         return len(self.edges) + 2
 
     def count(self, values: Column) -> Counts:
@@ -117,7 +119,7 @@ class NumericBins:
     def labels(self) -> list[str]:
         """Names of the bins, for people."""
         bounds = ["-inf", *(f"{edge:.6g}" for edge in self.edges), "inf"]
-        return [f"[{a}, {b})" for a, b in zip(bounds, bounds[1:], strict=False)] + ["missing"]
+        return [f"[{a}, {b})" for a, b in pairwise(bounds)] + ["missing"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class CategoricalBins:
 
     @property
     def size(self) -> int:
+        """Number of bins."""
         return len(self.values) + 1
 
     def count(self, values: Column) -> Counts:

@@ -292,4 +292,7 @@ async def _respond(send: Send, status: int, body: bytes, allow: str) -> None:
 
 
 def _error(error: RequestError) -> dict[str, Any]:
-    return {"error": {"message": error.what, "field": error.field, "row": error.row}}
+    # A message may quote what a client sent, and JSON's \ud800 is a string that UTF-8 cannot hold.
+    message = error.what.encode(errors="replace").decode()
+    field = None if error.field is None else error.field.encode(errors="replace").decode()
+    return {"error": {"message": message, "field": field, "row": error.row}}

@@ -1,8 +1,8 @@
 """Feature columns → model input, the same in training and in serving.
 
-Numeric columns are standardised and clipped; a missing value becomes 0 (the mean), and a column that
-had missing values in training gets an indicator input. Categorical values become codes; values never
-seen in training share code 0.
+Numeric columns are standardised and clipped; a missing value becomes 0 (the mean), and a column
+that had missing values in training gets an indicator input. Categorical values become codes; values
+never seen in training share code 0.
 """
 
 from __future__ import annotations

@@ -184,4 +184,3 @@ def _digest(folder: Path, settings: Settings, encoder: Encoder) -> str:
             "encoder": encoder.spec,
         }
     )
-

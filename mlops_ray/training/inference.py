@@ -102,9 +102,7 @@ def _equal(module: nn.Module, compiled: Any, probe: Any) -> bool:
     return bool(np.allclose(_score(module, *probe), found, rtol=0, atol=_TOLERANCE))
 
 
-def _probe(
-    package: Package, rows: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+def _probe(package: Package, rows: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     spec = package.manifest.encoder
     random = np.random.default_rng(rows)
     numeric = random.standard_normal((rows, spec.num_numeric)).astype(np.float32)

@@ -1,9 +1,9 @@
 """The training loop: data parallel, deterministic, resumable; knows nothing of Ray.
 
-Every rank computes the same permutation of all rows and takes its share of each global batch, so a
-batch means the same for any number of workers, and all ranks step equally often. Gradients are
-averaged in one all-reduce a step. The same inputs, seed and number of workers give the same weights,
-bit for bit, also when a run was cut off and resumed from the state of an epoch.
+Every rank computes the same permutation of all rows and takes its share of each global batch, so
+a batch means the same for any number of workers, and all ranks step equally often. Gradients are
+added up in one all-reduce a step. The same inputs, seed and number of workers give the same
+weights, bit for bit, also when a run was cut off and resumed from the state of an epoch.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class _Step:
         logits = self.module(*_inputs(self._rows, own, self._settings, self._device))
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         loss = (losses * weights.to(self._device)).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._sum_gradients()
         self.optimizer.step(learning_rate)
         return loss.item()
@@ -205,7 +205,7 @@ class _Step:
     def _sum_gradients(self) -> None:
         if self._collective.size == 1:
             return
-        # A parameter may have no gradient on one rank only; all must send the same number of values.
+        # A parameter may have no gradient on one rank only; all must send equally many values.
         parameters = self.optimizer.parameters
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])

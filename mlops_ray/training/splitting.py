@@ -22,8 +22,8 @@ def split_rows(data: pa.Table, split: Split, labels: Labels, until: datetime | N
 
     With U = ``until``, or else the newest prediction time: test is (U − test, U], validation the
     ``validation`` before it, train all that is older. Excluded are rows without a label, rows whose
-    label is not known by ``until``, rows after U, and rows of train or validation whose label became
-    known only inside the test part.
+    label is not known by ``until``, rows after U, and rows of train or validation whose label
+    became known only inside the test part.
 
     Raises:
         SchemaError: A label column is missing.
@@ -61,9 +61,7 @@ def counts(data: pa.Table) -> dict[str, int]:
     return {part: found.get(part, 0) for part in PARTS}
 
 
-def _check(
-    parts: np.ndarray, label: pa.ChunkedArray, split: Split, until: datetime | None
-) -> None:
+def _check(parts: np.ndarray, label: pa.ChunkedArray, split: Split, until: datetime | None) -> None:
     positive = np.asarray(label.cast(pa.float64()).to_numpy()) > 0.5
     found = {part: int((parts == part).sum()) for part in PARTS}
     positives = {part: int(positive[parts == part].sum()) for part in PARTS[:3]}

@@ -92,8 +92,14 @@ def _trial(config: dict[str, Any], *, settings: Settings, rows: str) -> None:
     torch.set_num_threads(1)
     checkpoint = tune.get_checkpoint()
     train_rows, validation_rows = (open_rows(Path(rows) / p) for p in ("train", "validation"))
-    resume = None if checkpoint is None else _load(checkpoint)
-    for epoch, state in train(apply(settings, config), train_rows, validation_rows, resume=resume):
+    epochs = train(
+        apply(settings, config),
+        train_rows,
+        validation_rows,
+        device="cuda" if settings.training.use_gpu is True else "cpu",
+        resume=None if checkpoint is None else _load(checkpoint),
+    )
+    for epoch, state in epochs:
         best = state["history"][state["best_epoch"] - 1]
         metrics = epoch.metrics() | {f"best_{name}": value for name, value in best.items()}
         with tempfile.TemporaryDirectory() as folder:
@@ -101,9 +107,7 @@ def _trial(config: dict[str, Any], *, settings: Settings, rows: str) -> None:
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def _tuner(
-    trainable: Any, settings: Settings, tuning: Tuning, storage: Path, name: str
-) -> Any:
+def _tuner(trainable: Any, settings: Settings, tuning: Tuning, storage: Path, name: str) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -151,10 +155,14 @@ def _check(settings: Settings, tuning: Tuning) -> None:
         where = f"tuning.space.{key}"
         room, _, field = key.partition(".")
         if room not in ("training", "model") or not field:
-            raise TrainingError(f"{key!r} names no setting", where=where, fix="use training.X or model.X")
+            raise TrainingError(
+                f"{key!r} names no setting", where=where, fix="use training.X or model.X"
+            )
         if room == "training" and field not in SEARCHABLE:
             raise TrainingError(
-                f"{key} cannot be searched over", where=where, fix=f"one of: {', '.join(SEARCHABLE)}"
+                f"{key} cannot be searched over",
+                where=where,
+                fix=f"one of: {', '.join(SEARCHABLE)}",
             )
         if dimension.kind == "choice":
             if not dimension.values:

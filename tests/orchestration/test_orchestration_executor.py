@@ -157,7 +157,9 @@ def test_plan_says_what_is_cached_without_running(bench: Bench) -> None:
     artifacts = ArtifactStore(bench.home.artifacts)
     plan = make_plan(project, build(project.workflow), Ledger(bench.home.ledger_url), artifacts)
     assert [s.state for s in plan.steps] == ["cached", "cached", "run", "depends"]
-    changed = bench.project(**steps | {"numbers": {"uses": f"{HERE}.numbers", "with": {"count": 9}}})
+    changed = bench.project(
+        **steps | {"numbers": {"uses": f"{HERE}.numbers", "with": {"count": 9}}}
+    )
     plan = make_plan(changed, build(changed.workflow), Ledger(bench.home.ledger_url), artifacts)
     assert [s.state for s in plan.steps] == ["run", "depends", "depends", "depends"]
 

@@ -15,7 +15,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "keyed_project"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
-    (folder / "steps.py").write_text("from keyed_project import maths\ndef go(): return maths.f()\n")
+    (folder / "steps.py").write_text(
+        "from keyed_project import maths\ndef go(): return maths.f()\n"
+    )
     (folder / "maths.py").write_text("def f():\n    return 1\n")
     (folder / "other.py").write_text("X = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
