@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -29,7 +29,7 @@ Examples:
 class Verbs(click.Group):
     """A group whose verbs are imported when they are used, so that ``--help`` is quick."""
 
-    verbs = {
+    verbs: ClassVar[dict[str, str]] = {
         "init": "mlops_ray.cli.init:init",
         "check": "mlops_ray.cli.workflow:check",
         "plan": "mlops_ray.cli.workflow:plan",

@@ -7,7 +7,6 @@ import platform
 import shutil
 import socket
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -54,11 +53,7 @@ def examine(home: Path, *, dashboard_port: int, serve_port: int, lock: Path) -> 
 
 
 def _python() -> Iterator[Finding]:
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        yield Finding("python", "problem", f"Python {version}", "install Python 3.11 or newer")
-    else:
-        yield Finding("python", "ok", f"Python {version}, {os.cpu_count()} CPUs")
+    yield Finding("python", "ok", f"Python {platform.python_version()}, {os.cpu_count()} CPUs")
 
 
 def _packages(lock: Path) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ class Monitoring(Frozen):
     every: Duration
     drift: Drift
     performance: Performance
-    label_horizon: Duration = Field(default="14d", validate_default=True)  # type: ignore[assignment]
+    label_horizon: Duration = Field(default="14d", validate_default=True)
 
 
 class Loop(Frozen):
@@ -48,7 +48,7 @@ class Loop(Frozen):
     ``budget`` the most (virtual) time that one may cost; ``workflow`` the one to submit."""
 
     cooldown: Duration
-    budget: Duration = Field(default="6h", validate_default=True)  # type: ignore[assignment]
+    budget: Duration = Field(default="6h", validate_default=True)
     workflow: str = "retrain"
     max_retrainings: int | None = Field(default=None, ge=0)
 
@@ -58,5 +58,5 @@ class Replay(Frozen):
 
     start: Instant
     end: Instant
-    step: Duration = Field(default="1h", validate_default=True)  # type: ignore[assignment]
+    step: Duration = Field(default="1h", validate_default=True)
     concurrency: int = Field(default=8, ge=1)

@@ -29,5 +29,5 @@ class Serving(Frozen):
     max_body_bytes: int = Field(default=1_000_000, ge=1)
     max_rows: int = Field(default=1024, ge=1)
     threshold: float = Field(default=0.5, ge=0, le=1)
-    flush_every: Duration = Field(default="2s", validate_default=True)  # type: ignore[assignment]
+    flush_every: Duration = Field(default="2s", validate_default=True)
     autoscaling: Autoscaling = Autoscaling()

@@ -41,7 +41,9 @@ def asof_join(
     return np.where(found, order[inside], -1)
 
 
-def _step_back(place: Ints, entity: Ints, created: Ints, label_entity: Ints, label_us: Ints) -> None:
+def _step_back(
+    place: Ints, entity: Ints, created: Ints, label_entity: Ints, label_us: Ints
+) -> None:
     """Move each place to the nearest earlier row of its entity that was created in time."""
     open_ = np.flatnonzero(place >= 0)
     while len(open_):
@@ -52,9 +54,7 @@ def _step_back(place: Ints, entity: Ints, created: Ints, label_entity: Ints, lab
         open_ = open_[place[open_] >= 0]
 
 
-def _keys(
-    row_entity: Ints, row_us: Ints, label_entity: Ints, label_us: Ints
-) -> tuple[Ints, Ints]:
+def _keys(row_entity: Ints, row_us: Ints, label_entity: Ints, label_us: Ints) -> tuple[Ints, Ints]:
     """Pack (entity, time) into one number that sorts alike, for rows and labels."""
     if not len(row_us) or not len(label_us):
         return np.zeros(len(row_us), np.int64), np.zeros(len(label_us), np.int64)

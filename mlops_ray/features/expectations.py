@@ -118,9 +118,7 @@ def _checks(values: pa.ChunkedArray, expectation: Expectation) -> Iterator[Expec
     if expectation.unique:
         present = values.drop_null()
         repeated = len(present) - len(pc.unique(present))
-        yield _result(
-            expectation, "repeated values", "none", f"{repeated} repeated", repeated == 0
-        )
+        yield _result(expectation, "repeated values", "none", f"{repeated} repeated", repeated == 0)
 
 
 def _bounds(values: pa.ChunkedArray, expectation: Expectation) -> Iterator[ExpectationResult]:

@@ -35,6 +35,7 @@ class OfflineStore:
     def __init__(self, root: Path, features: Features) -> None:
         self._root = root
         self._features = features
+        self._writing: dict[str, Any] = {}
 
     def path(self, view: str) -> Path:
         """Return the folder of a view's table; it may not be there yet."""
@@ -72,7 +73,7 @@ class OfflineStore:
         from deltalake.exceptions import CommitFailedError
 
         view = definition.name
-        table = self._open(view)
+        table = self._open_for_writing(view)
         stored = None if table is None else table.transaction_version(_WATERMARK)
         if table is not None and stored is not None and stored >= watermark_us:
             return int(table.version())
@@ -96,7 +97,7 @@ class OfflineStore:
                 why=str(error),
                 fix="run it again: it goes on from the other's watermark",
             ) from error
-        return self.version(view)
+        return int(table.version()) if table is not None else self.version(view)
 
     def read(
         self,
@@ -143,6 +144,15 @@ class OfflineStore:
         """Return the newest version of a view's table, −1 when there is no table yet."""
         table = self._open(view)
         return -1 if table is None else int(table.version())
+
+    def _open_for_writing(self, view: str) -> Any:
+        """Return the newest version of a table, read on from where the last append left it."""
+        table = self._writing.get(view)
+        if table is None:
+            table = self._writing[view] = self._open(view)
+        else:
+            table.update_incremental()
+        return table
 
     def _open(self, view: str, version: int | None = None) -> Any:
         from deltalake import DeltaTable

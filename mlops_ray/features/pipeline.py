@@ -19,7 +19,6 @@ from mlops_ray.features.streams import (
     Stream,
     WindowStream,
     open_stream,
-    source_rows,
     table_of,
 )
 

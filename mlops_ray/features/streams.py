@@ -216,7 +216,9 @@ class WindowStream:
 
     def history(self, until_us: int) -> Rows:
         """Return all rows that decide the boundaries in (cursor, until], older ones among them."""
-        rows = self.source.rows.take(slice(0, self.source.between(0, self._floor_us(until_us)).stop))
+        rows = self.source.rows.take(
+            slice(0, self.source.between(0, self._floor_us(until_us)).stop)
+        )
         if self._tile == _NO_TILE:
             return rows
         return rows.take(self.plan.tile(rows.event_us) > self._tile + 1 - self.plan.span)

@@ -30,6 +30,7 @@ from mlops_ray.features.columns import NO_TIME, duration_us
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Array = NDArray[np.float64] | NDArray[np.int64]
 
 _SECOND_US = 1_000_000
 _TILE_BITS = 36
@@ -67,6 +68,7 @@ _NEEDS = {
 }
 
 Part = tuple[str, int]
+Parts = dict[Part, Array]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class WindowPlan:
     def parts(self) -> tuple[Part, ...]:
         """The partial aggregates that these features are made from."""
         needed = [(part, of) for by, of in self.aggregates for part in _NEEDS[by]]
-        return tuple(dict.fromkeys(("rows", 0) if part == "rows" else (part, of) for part, of in needed))
+        return tuple(
+            dict.fromkeys(("rows", 0) if part == "rows" else (part, of) for part, of in needed)
+        )
 
     def tile(self, instants_us: Ints) -> Ints:
         """Return the number of the tile that each instant lies in; a boundary closes its tile."""
@@ -161,7 +165,7 @@ class Cells:
 
     key: Ints
     arrival: Ints
-    parts: dict[Part, NDArray[np.float64] | NDArray[np.int64]]
+    parts: Parts
 
     def __len__(self) -> int:
         return len(self.key) - 1
@@ -253,91 +257,94 @@ def emit(cells: Cells, entity: Ints, boundary: Ints, plan: WindowPlan) -> Emitte
     high = np.searchsorted(cells.key, _key(entity, boundary), side="right")
     for number, window in enumerate(plan.windows):
         low = np.searchsorted(cells.key, _key(entity, boundary - window), side="right")
-        for place, (feature, missing) in enumerate(_window(cells, low, high, boundary, plan)):
+        merged = _window(cells, _Runs(low, high), boundary, plan)
+        for place, (by, of) in enumerate(plan.aggregates):
             at = place * len(plan.windows) + number
-            values[:, at], null[:, at] = feature, missing
+            values[:, at], null[:, at] = _feature(by, of, merged)
     return Emitted(entity, boundary * plan.every_us, values, null)
 
 
-def _window(
-    cells: Cells, low: Ints, high: Ints, boundary: Ints, plan: WindowPlan
-) -> Iterable[tuple[Floats, Bools]]:
-    """Reduce cells [low, high) for each boundary, without those that arrived after it."""
-    late = np.flatnonzero(_reduce(cells.arrival, low, high, np.maximum) > boundary)
-    merged = _merge_runs(cells, low, high, plan)
-    for chunk in _chunks(high[late] - low[late]):
-        some = late[chunk]
-        known = _only_known(cells, low[some], high[some], boundary[some])
-        for part, values in _merge_runs(*known, plan).items():
-            merged[part][some] = values
-    for by, of in plan.aggregates:
-        yield _feature(by, of, merged)
-
-
-def _feature(by: str, of: int, merged: dict[Part, NDArray[np.float64]]) -> tuple[Floats, Bools]:
+def _feature(by: str, of: int, merged: Parts) -> tuple[Array, Bools | bool]:
     if by == "count":
-        rows = merged["rows", 0]
-        return rows, np.zeros(len(rows), np.bool_)
+        return merged["rows", 0], False
     values = merged["values", of]
     none = values == 0
     if by == "mean":
-        feature = merged["sum", of] / np.where(none, 1.0, values)
-    else:
-        feature = merged[by, of]
-    return np.where(none, 0.0, feature), none
+        return merged["sum", of] / np.maximum(values, 1), none
+    return np.where(none, 0.0, merged[by, of]), none
 
 
-def _merge_runs(
-    cells: Cells, low: Ints, high: Ints, plan: WindowPlan
-) -> dict[Part, NDArray[np.float64]]:
-    merged = {}
-    for part in plan.parts:
-        operation = _MERGE[part[0]]
-        if operation is not None:
-            merged[part] = _reduce(cells.parts[part], low, high, operation, _IDENTITY[part[0]])
-    for name, of in plan.parts:
-        if name == "last":
-            merged["last", of] = _last(cells, low, high, of, merged["when", of])
+class _Runs:
+    """Runs of cells [low, high), one for each boundary; some may be empty."""
+
+    def __init__(self, low: Ints, high: Ints) -> None:
+        self.low = low
+        self.high = high
+        self._edges = np.empty(2 * len(low), np.int64)
+        self._edges[::2], self._edges[1::2] = low, high
+        empty = high <= low
+        self._empty = empty if empty.any() else None
+
+    def reduce(self, values: Array, operation: np.ufunc, identity: float) -> Array:
+        """Reduce the values of each run; ``identity`` where it is empty."""
+        if not len(self.low):
+            return np.empty(0, values.dtype)
+        reduced: Array = operation.reduceat(values, self._edges)[::2]
+        if self._empty is not None:
+            reduced[self._empty] = identity
+        return reduced
+
+    def take(self, runs: Ints) -> _Runs:
+        """Return some of the runs."""
+        return _Runs(self.low[runs], self.high[runs])
+
+
+def _window(cells: Cells, runs: _Runs, boundary: Ints, plan: WindowPlan) -> Parts:
+    """Reduce each run for its boundary, without the cells that arrived after it."""
+    merged = _merge_runs(cells, runs, plan)
+    late = np.flatnonzero(runs.reduce(cells.arrival, np.maximum, NO_TIME) > boundary)
+    for chunk in _chunks(runs.high[late] - runs.low[late]):
+        some = late[chunk]
+        known = _only_known(cells, runs.take(some), boundary[some])
+        for part, values in _merge_runs(*known, plan).items():
+            merged[part][some] = values
     return merged
 
 
-def _last(cells: Cells, low: Ints, high: Ints, of: int, newest: Ints) -> Floats:
+def _merge_runs(cells: Cells, runs: _Runs, plan: WindowPlan) -> Parts:
+    merged: Parts = {}
+    for part in plan.parts:
+        operation = _MERGE[part[0]]
+        if operation is not None:
+            merged[part] = runs.reduce(cells.parts[part], operation, _IDENTITY[part[0]])
+    for name, of in plan.parts:
+        if name == "last":
+            merged["last", of] = _last(cells, runs, of, merged["when", of])
+    return merged
+
+
+def _last(cells: Cells, runs: _Runs, of: int, newest: Array) -> Array:
     """Return the value at the newest event time; of equal ones, the one that arrived last."""
-    when, last = cells.parts["when", of], cells.parts["last", of]
-    place = high - 1
+    when, last, low = cells.parts["when", of], cells.parts["last", of], runs.low
+    place = runs.high - 1
     # The newest is in the last tile that has a value, so this steps over few cells.
     behind = np.flatnonzero((place > low) & (when[place] != newest))
     while len(behind):
         place[behind] -= 1
         behind = behind[(place[behind] > low[behind]) & (when[place[behind]] != newest[behind])]
-    return np.where(high > low, last[place], np.nan)
+    return np.where(runs.high > low, last[place], np.nan)
 
 
-def _reduce(
-    values: NDArray[np.float64] | NDArray[np.int64],
-    low: Ints,
-    high: Ints,
-    operation: np.ufunc,
-    identity: float = NO_TIME,
-) -> NDArray[np.float64]:
-    """Reduce values[low:high] for each pair; ``identity`` where that is empty."""
-    if not len(low):
-        return np.empty(0, values.dtype)
-    runs = np.column_stack((low, high)).ravel()
-    reduced = operation.reduceat(values, runs)[::2]
-    return np.where(high > low, reduced, np.asarray(identity, values.dtype))
-
-
-def _only_known(cells: Cells, low: Ints, high: Ints, boundary: Ints) -> tuple[Cells, Ints, Ints]:
-    """Copy the runs [low, high) without the cells that arrive after the boundary."""
-    lengths = high - low
-    owner = np.repeat(np.arange(len(low)), lengths)
-    place = np.arange(len(owner)) + np.repeat(low - (np.cumsum(lengths) - lengths), lengths)
+def _only_known(cells: Cells, runs: _Runs, boundary: Ints) -> tuple[Cells, _Runs]:
+    """Copy the cells of the runs, without those that arrive after the run's boundary."""
+    lengths = runs.high - runs.low
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    shift = runs.low - (np.cumsum(lengths) - lengths)
+    place = np.arange(len(owner)) + np.repeat(shift, lengths)
     known = cells.arrival[place] <= boundary[owner]
-    ends = np.cumsum(np.bincount(owner[known], minlength=len(low)))
+    ends = np.cumsum(np.bincount(owner[known], minlength=len(lengths)))
     starts = np.concatenate(([0], ends[:-1]))
-    copied = cells.take(np.append(place[known], len(cells)))
-    return copied, starts, ends
+    return cells.take(np.append(place[known], len(cells))), _Runs(starts, ends)
 
 
 def _chunks(lengths: Ints) -> Iterable[slice]:
@@ -352,7 +359,7 @@ def _chunks(lengths: Ints) -> Iterable[slice]:
         yield slice(start, len(lengths))
 
 
-def _partial(rows: Rows, starts: Ints, part: Part) -> NDArray[np.float64] | NDArray[np.int64]:
+def _partial(rows: Rows, starts: Ints, part: Part) -> Array:
     name, of = part
     if name == "rows":
         return np.diff(np.append(starts, len(rows)))
@@ -366,7 +373,7 @@ def _partial(rows: Rows, starts: Ints, part: Part) -> NDArray[np.float64] | NDAr
     return _MERGE[name].reduceat(values, starts)  # type: ignore[union-attr]
 
 
-def _newest(rows: Rows, starts: Ints, of: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
+def _newest(rows: Rows, starts: Ints, of: int) -> dict[str, Array]:
     """Return the last value that is not null in each cell, and its event time."""
     place = np.where(rows.valid[of], np.arange(len(rows)), -1)
     place = np.maximum.reduceat(place, starts)
@@ -377,9 +384,7 @@ def _newest(rows: Rows, starts: Ints, of: int) -> dict[str, NDArray[np.float64] 
     }
 
 
-def _with_end(
-    values: NDArray[np.float64] | NDArray[np.int64], part: str
-) -> NDArray[np.float64] | NDArray[np.int64]:
+def _with_end(values: Array, part: str) -> Array:
     return np.append(values, np.asarray(_IDENTITY[part], values.dtype))
 
 

@@ -184,7 +184,8 @@ class Controller:
             return [entry for entry in self._store.history() if kind in (None, entry["kind"])]
 
     def rows(self, since: datetime, until: datetime) -> pa.Table:
-        """Return the observed predictions with time in [since, until); see ``LabelJoin.rows``."""
+        """Return what was answered with a time in [since, until), all of it; see ``LabelJoin``."""
+        self._world.flush()
         with self._memory:
             return self._monitor.rows(since, until)
 

@@ -14,22 +14,27 @@ class Home:
 
     @property
     def ledger_url(self) -> str:
+        """SQLAlchemy URL of the ledger."""
         return f"sqlite:///{self.root / 'ledger.db'}"
 
     @property
     def tracking_uri(self) -> str:
+        """MLflow tracking and registry URI."""
         return f"sqlite:///{self.root / 'mlflow.db'}"
 
     @property
     def mlflow_artifacts(self) -> Path:
+        """Folder of MLflow's artifacts."""
         return self.root / "mlflow"
 
     @property
     def artifacts(self) -> Path:
+        """Folder of content-addressed artifacts."""
         return self.root / "artifacts"
 
     @property
     def training(self) -> Path:
+        """Folder of Ray Train's checkpoints."""
         return self.root / "training"
 
     def run(self, run_id: str) -> Path:
@@ -37,13 +42,17 @@ class Home:
         return self.root / "runs" / run_id
 
     def offline(self, project: str) -> Path:
+        """Folder of a project's offline feature tables."""
         return self.root / "features" / project / "offline"
 
     def online(self, project: str) -> Path:
+        """Folder of a project's online feature store."""
         return self.root / "features" / project / "online"
 
     def predictions(self, project: str) -> Path:
+        """Folder of a project's prediction log."""
         return self.root / "predictions" / project
 
     def monitor(self, project: str) -> Path:
+        """Folder of a project's monitor state."""
         return self.root / "monitor" / project

@@ -119,7 +119,11 @@ class Ledger:
             if self._engine.url.database:
                 Path(self._engine.url.database).parent.mkdir(parents=True, exist_ok=True)
             sa.event.listen(self._engine, "connect", _configure_sqlite)
-        _METADATA.create_all(self._engine)
+        try:
+            _METADATA.create_all(self._engine)
+        except sa.exc.OperationalError:
+            # Another process made the tables between our look and our statement.
+            _METADATA.create_all(self._engine)
 
     def start_run(self, record: RunRecord, steps: list[str]) -> None:
         """Record a new run whose steps are all pending."""
@@ -167,7 +171,7 @@ class Ledger:
         self, *, project: str | None = None, workflow: str | None = None, limit: int = 20
     ) -> list[RunRecord]:
         """Return runs, newest first."""
-        where = sa.true()
+        where: sa.ColumnElement[bool] = sa.true()
         if project is not None:
             where = where & (_RUNS.c.project == project)
         if workflow is not None:

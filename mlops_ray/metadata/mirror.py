@@ -81,7 +81,7 @@ def _create_child(
         "mlops_ray.output": step.output.digest if step.output else "",
     }
     made = client.create_run(experiment, _milliseconds(step.started_at or run.started_at), tags)
-    end = _milliseconds(step.ended_at or run.ended_at)
+    end = _milliseconds(step.ended_at or run.ended_at) or 0
     metrics = [Metric(name, value, end, 0) for name, value in step.metrics.items()]
     if step.started_at and step.ended_at and step.status == "succeeded":
         seconds = (step.ended_at - step.started_at).total_seconds()

@@ -27,13 +27,17 @@ class Reporter(Protocol):
 class Silent:
     """A reporter that records nothing: for calling a step as a plain function."""
 
-    def progress(self, *, rows: int | None = None, message: str = "") -> None: ...
+    def progress(self, *, rows: int | None = None, message: str = "") -> None:
+        """Record nothing."""
 
-    def metric(self, name: str, value: float) -> None: ...
+    def metric(self, name: str, value: float) -> None:
+        """Record nothing."""
 
-    def param(self, name: str, value: Any) -> None: ...
+    def param(self, name: str, value: Any) -> None:
+        """Record nothing."""
 
-    def event(self, kind: str, **data: Any) -> None: ...
+    def event(self, kind: str, **data: Any) -> None:
+        """Record nothing."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mlops_ray.config.project import Project
 from mlops_ray.errors import MlopsRayError, StepError, WorkflowError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger, RunRecord, StepRecord, now
+from mlops_ray.metadata.ledger import Ledger, RunRecord, RunStatus, StepRecord, now
 from mlops_ray.metadata.provenance import collect
 from mlops_ray.orchestration import references
 from mlops_ray.orchestration.graph import Graph, build
@@ -99,7 +99,7 @@ class Executor:
         try:
             self._drive(run.run_id, state)
         except BaseException as error:
-            status = "failed" if isinstance(error, Exception) else "interrupted"
+            status: RunStatus = "failed" if isinstance(error, Exception) else "interrupted"
             with contextlib.suppress(KeyboardInterrupt):
                 self._stop(run.run_id, state)
             self._ledger.finish_run(run.run_id, status)

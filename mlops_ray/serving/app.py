@@ -75,7 +75,8 @@ def build(args: dict[str, Any]) -> Any:
         "logging_config": {"enable_access_log": False},
         **_replicas(serving),
     }
-    return serve.deployment(serve.ingress()(Replica), **options).bind(args)
+    deployment: Any = serve.deployment(**options)(serve.ingress()(Replica))
+    return deployment.bind(args)
 
 
 def _replicas(serving: Serving) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Endpoint:
         self._replica = replica
         self._log = PredictionLog(home.predictions(project), replica, sink)
         self._models: ModelSet | None = None
-        self._refused: str | None = None
+        self._refused: dict[str, Any] | None = None
         self._loading = asyncio.Lock()
         self._flushing: asyncio.Task[None] | None = None
         self._id_prefix = uuid.uuid4().hex
@@ -97,7 +97,7 @@ class Endpoint:
             except ServingError as error:
                 if self._models is None:
                     raise
-                self._refused = str(error)
+                self._refused = {"epoch": served.epoch, "why": str(error)}
                 logger.error("epoch %d is refused: %s", served.epoch, error)
                 return
             self._models, self._refused = models, None

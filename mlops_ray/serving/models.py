@@ -35,7 +35,7 @@ class ModelSpec(Frozen):
 
 
 class ServedModels(Frozen):
-    """The user config of the deployment: which models to serve. ``epoch`` counts the changes."""
+    """The user config of the deployment: which models to serve. ``epoch`` tells changes apart."""
 
     answer: ModelSpec
     shadows: tuple[ModelSpec, ...] = ()

@@ -1,4 +1,4 @@
-"""The loop on Ray Train: workers that share the encoded rows, checkpoints, a new worker for a dead one."""
+"""The loop on Ray Train: workers that share the encoded rows, and new ones for those that die."""
 
 from __future__ import annotations
 
@@ -60,8 +60,10 @@ def train_on_ray(
     use_gpu = gpus >= training.workers if training.use_gpu == "auto" else training.use_gpu
     progress = storage / name / _PROGRESS_FILE
     progress.parent.mkdir(parents=True, exist_ok=True)
-    trainer = TorchTrainer(
-        _work,
+    # The annotations are those of Train V1, whose loops return nothing.
+    loop: Any = _work
+    trainer: Any = TorchTrainer(
+        loop,
         train_loop_config={
             "settings": settings,
             "rows": str(rows),

@@ -1,7 +1,7 @@
-"""A search over training and model settings by Ray Tune: random proposals, ASHA stops the poor ones.
+"""A search over training and model settings by Ray Tune: random proposals, stopped early by ASHA.
 
-Each trial runs the training loop alone in its own process, so a trial needs one CPU and nothing that
-another trial could hold. All trials map the same encoded rows.
+Each trial runs the training loop alone in its own process, so a trial needs one CPU and nothing
+that another trial could hold. All trials map the same encoded rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ def search(
         TrainingError: The space is wrong, or no trial finished an epoch.
     """
     from ray import tune
-    from ray.tune import ResultGrid
 
     _check(settings, tuning)
     metric, mode = _METRICS[tuning.metric]
@@ -48,13 +47,14 @@ def search(
         tuner = tune.Tuner.restore(path, trainable, resume_errored=True)
     else:
         tuner = _tuner(trainable, settings, tuning, storage, name)
-    results: ResultGrid = tuner.fit()
+    grid = tuner.fit()
+    results = [grid[place] for place in range(len(grid))]
     trials = [_summary(result) for result in results if result.metrics]
     finished = [r for r in results if r.checkpoint is not None and r.metrics]
     if not finished:
         raise TrainingError(
             f"none of {len(results)} trials finished an epoch",
-            why=str(results.errors[0]).strip().splitlines()[-1] if results.errors else "",
+            why=str(grid.errors[0]).strip().splitlines()[-1] if grid.errors else "",
             fix="try one of them with the train workflow",
         )
     sign = 1 if mode == "max" else -1

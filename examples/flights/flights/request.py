@@ -1,0 +1,114 @@
+"""Features that the request itself brings: the clock, the calendar, the schedule.
+
+The same function runs over a year of history in training and over one request in serving.
+"""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+Columns = dict[str, NDArray[np.generic]]
+
+NUMERIC = ("minute_of_day", "block_min", "distance_mi", "pad_min", "holiday_days")
+CATEGORICAL = ("airline", "airport", "destination", "hour", "weekday")
+
+_UTC = pa.timestamp("us", tz="UTC")
+_NEW_YORK = pa.timestamp("us", tz="America/New_York")
+_TABLE_HOURS = 24 * 365
+_MILES_PER_MINUTE = 8.0
+_FARTHEST_DAYS = 5
+_THURSDAY, _MONDAY = 3, 0
+_HOURS = np.array([str(hour) for hour in range(24)], dtype=object)
+_WEEKDAYS = np.array(["mon", "tue", "wed", "thu", "fri", "sat", "sun"], dtype=object)
+
+
+def request_features(inputs: Columns) -> Columns:
+    """Return the request-time features of n flights.
+
+    Args:
+        inputs: ``carrier``, ``origin``, ``dest`` (str), ``distance`` (miles), ``sched_dep`` and
+            ``sched_arr`` (datetime64[us], UTC), each of shape [n].
+
+    Returns:
+        float64 [n]: ``minute_of_day`` (New York time), ``block_min`` (scheduled duration),
+        ``distance_mi``, ``pad_min`` (duration beyond flying the distance at 480 mph),
+        ``holiday_days`` (days to the nearest holiday, signed, within ±5).
+        str [n]: ``airline``, ``airport``, ``destination``, ``hour``, ``weekday``.
+    """
+    if not len(inputs["sched_dep"]):
+        return dict.fromkeys(NUMERIC, np.zeros(0)) | dict.fromkeys(CATEGORICAL, np.zeros(0, object))
+    departure = inputs["sched_dep"].astype("datetime64[us]")
+    arrival = inputs["sched_arr"].astype("datetime64[us]")
+    local = _local(departure)
+    day = local.astype("datetime64[D]")
+    minute = (local - day).astype("timedelta64[m]").astype(np.int64)
+    block = (arrival - departure) / np.timedelta64(60_000_000, "us")
+    distance = inputs["distance"].astype(np.float64)
+    return {
+        "minute_of_day": minute.astype(np.float64),
+        "block_min": block,
+        "distance_mi": distance,
+        "pad_min": block - distance / _MILES_PER_MINUTE,
+        "holiday_days": _days_to_holiday(day),
+        "airline": inputs["carrier"],
+        "airport": inputs["origin"],
+        "destination": inputs["dest"],
+        "hour": _HOURS[minute // 60],
+        "weekday": _WEEKDAYS[_weekday(day)],
+    }
+
+
+def _local(utc: NDArray[np.datetime64]) -> NDArray[np.datetime64]:
+    """Return New York's wall clock. Its offset only changes on the hour, so a table by hour serves."""
+    hour = utc.astype("datetime64[h]").astype(np.int64)
+    first, offsets = _offsets(int(hour.min()) // _TABLE_HOURS, int(hour.max()) // _TABLE_HOURS)
+    return utc + offsets[hour - first]
+
+
+@lru_cache(maxsize=32)
+def _offsets(first_block: int, last_block: int) -> tuple[int, NDArray[np.timedelta64]]:
+    first, last = first_block * _TABLE_HOURS, (last_block + 1) * _TABLE_HOURS
+    utc = np.arange(first, last).astype("datetime64[h]").astype("datetime64[us]")
+    zoned = pa.array(utc).cast(_UTC).cast(_NEW_YORK)
+    local = pc.local_timestamp(zoned).to_numpy(zero_copy_only=False)
+    return first, local - utc
+
+
+def _weekday(day: NDArray[np.datetime64]) -> NDArray[np.int64]:
+    # 1970-01-01 was a Thursday.
+    return (day.astype(np.int64) + _THURSDAY) % 7
+
+
+def _days_to_holiday(day: NDArray[np.datetime64]) -> NDArray[np.float64]:
+    years = day.astype("datetime64[Y]").astype(int) + 1970
+    holidays = _holidays(int(years.min()) - 1, int(years.max()) + 1)
+    after = np.searchsorted(holidays, day)
+    ahead = (holidays[after] - day).astype(np.int64)
+    behind = (day - holidays[after - 1]).astype(np.int64)
+    nearest = np.where(ahead <= behind, -ahead, behind)
+    return np.clip(nearest, -_FARTHEST_DAYS, _FARTHEST_DAYS).astype(np.float64)
+
+
+@lru_cache(maxsize=32)
+def _holidays(first_year: int, last_year: int) -> NDArray[np.datetime64]:
+    """Return the days that Americans travel around, sorted."""
+    days: list[date] = []
+    for year in range(first_year, last_year + 1):
+        days += [date(year, 1, 1), date(year, 7, 4), date(year, 12, 25)]
+        days.append(_nth(year, 1, _MONDAY, 3))
+        days.append(_nth(year, 2, _MONDAY, 3))
+        days.append(_nth(year, 6, _MONDAY, 1) - timedelta(days=7))
+        days.append(_nth(year, 9, _MONDAY, 1))
+        days.append(_nth(year, 11, _THURSDAY, 4))
+    return np.array(sorted(days), dtype="datetime64[D]")
+
+
+def _nth(year: int, month: int, weekday: int, count: int) -> date:
+    first = date(year, month, 1)
+    return first + timedelta(days=(weekday - first.weekday()) % 7 + 7 * (count - 1))

@@ -1,0 +1,189 @@
+"""Training sets: labelled rows with the features that were known at their prediction times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mlops_ray.config.features import Features, FeatureService
+from mlops_ray.errors import SchemaError
+from mlops_ray.features.asof import asof_join
+from mlops_ray.features.columns import (
+    INSTANT,
+    column,
+    encode,
+    instants,
+    key_columns,
+    wrong_type,
+)
+from mlops_ray.features.definitions import CREATED_TIME, EVENT_TIME, define
+from mlops_ray.features.offline import OfflineStore
+from mlops_ray.features.service import find_service, inputs_of, request_features, view_columns
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """What became of the rows of the label source.
+
+    ``unlabelled`` rows have no label and never will, as far as is known (cancelled flights);
+    ``unknown`` ones have a label that was not known yet.
+    """
+
+    labelled: int
+    unlabelled: int
+    unknown: int
+
+
+def labelled_rows(
+    table: pa.Table, features: Features, until: datetime | None
+) -> tuple[pa.Table, LabelCount]:
+    """Return the rows whose label is known by ``until``, sorted by (time, id), and the counts.
+
+    Raises:
+        SchemaError: A column is missing or has the wrong type.
+    """
+    labels = features.labels
+    where = f"features.labels ({labels.source})"
+    label = column(table, labels.label, where)
+    kind = label.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise wrong_type(labels.label, "0 or 1", kind, where)
+    column(table, labels.id, where)
+    instants(table, labels.time, where)
+    instants(table, labels.known_at, where)
+    has_label = pc.and_(pc.is_valid(label), pc.is_valid(table[labels.time]))
+    known = pc.and_(has_label, pc.is_valid(table[labels.known_at]))
+    if until is not None:
+        moment = pa.scalar(until, INSTANT)
+        known = pc.and_(known, pc.fill_null(pc.less_equal(table[labels.known_at], moment), False))
+    rows = table.filter(known)
+    present = int(pc.sum(has_label).as_py() or 0)
+    count = LabelCount(rows.num_rows, table.num_rows - present, present - rows.num_rows)
+    return rows.sort_by([(labels.time, "ascending"), (labels.id, "ascending")]), count
+
+
+def join_view(
+    features: Features,
+    view: str,
+    table: pa.Table,
+    time: str,
+    store: OfflineStore,
+    version: int | None = None,
+) -> dict[str, pa.Array]:
+    """Return a view's features as of each row of ``table``, named ``<view>__<feature>``, float64.
+
+    For each row: the entity's newest row with event time and created time ≤ the row's ``time`` and an
+    age within the view's TTL. Null where there is none or where that row has a null.
+
+    Args:
+        features: The declarations.
+        view: The view's name.
+        table: Rows with the entity's key columns.
+        time: Name of their time column.
+        store: The offline store.
+        version: The version of the view's table to read; the newest when None.
+    """
+    definition = define(features, view)
+    where = f"features.views.{view}"
+    stored = store.read(view, version)
+    asked = key_columns(table, definition.keys, where)
+    known = key_columns(stored, definition.keys, where)
+    joined = [_chain(a, b) for a, b in zip(asked, known, strict=True)]
+    entity, _ = encode(joined)
+    found = asof_join(
+        entity[: table.num_rows],
+        instants(table, time, where),
+        entity[table.num_rows :],
+        instants(stored, EVENT_TIME, where),
+        instants(stored, CREATED_TIME, where),
+        ttl_us=definition.ttl_us,
+    )
+    rows = pa.array(found, mask=found < 0)
+    names = zip(view_columns(features, view), definition.feature_names, strict=True)
+    return {name: stored[feature].combine_chunks().take(rows) for name, feature in names}
+
+
+def build_training_set(
+    features: Features,
+    service: str,
+    table: pa.Table,
+    store: OfflineStore,
+    versions: Mapping[str, int],
+    until: datetime | None,
+) -> tuple[pa.Table, LabelCount]:
+    """Return the training set of a service, and what became of the label source's rows.
+
+    Columns: id, time, known_at, label (int8, or float64 where the source's is a float), the service's
+    other inputs, ``<view>__<feature>`` float64, then request features, float64 and string. A request
+    feature takes the place of an input of the same name. Rows are sorted by (time, id). The same
+    arguments give the same bytes, whenever and wherever.
+
+    Args:
+        features: The declarations.
+        service: The service's name.
+        table: The cleaned rows of the label source.
+        store: The offline store.
+        versions: Which version of each view's table to read.
+        until: Labels known later do not count; None takes all.
+
+    Raises:
+        SchemaError: A column is missing or has the wrong type.
+    """
+    declared = find_service(features, service)
+    rows, count = labelled_rows(table, features, until)
+    columns = _label_columns(rows, features)
+    for name in declared.inputs:
+        columns.setdefault(name, rows[name] if name in rows.column_names else _missing(rows, name))
+    for view in declared.views:
+        columns |= join_view(features, view, rows, features.labels.time, store, versions.get(view))
+    columns |= _request_columns(declared, rows, features)
+    return pa.table(columns).combine_chunks(), count
+
+
+def _label_columns(rows: pa.Table, features: Features) -> dict[str, Any]:
+    labels = features.labels
+    label = rows[labels.label]
+    dtype = pa.float64() if pa.types.is_floating(label.type) else pa.int8()
+    return {
+        labels.id: rows[labels.id],
+        labels.time: rows[labels.time].cast(INSTANT, safe=False),
+        labels.known_at: rows[labels.known_at].cast(INSTANT, safe=False),
+        labels.label: label.cast(dtype),
+    }
+
+
+def _request_columns(
+    service: FeatureService, rows: pa.Table, features: Features
+) -> dict[str, pa.Array]:
+    computed = request_features(service, inputs_of(rows, service))
+    labels = features.labels
+    taken = {labels.id, labels.time, labels.known_at, labels.label} & set(computed)
+    if taken:
+        raise SchemaError(
+            f"request features may not be called {', '.join(sorted(taken))}",
+            where=service.request.function if service.request else "",
+            why="the label's columns have these names",
+            fix="give the request features other names",
+        )
+    return {name: _arrow(values) for name, values in computed.items()}
+
+
+def _arrow(values: NDArray[Any]) -> pa.Array:
+    if values.dtype == np.float64:
+        return pa.array(values)
+    return pa.array(values, pa.string(), from_pandas=True)
+
+
+def _chain(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([*first.chunks, *second.chunks], first.type)
+
+
+def _missing(rows: pa.Table, name: str) -> pa.ChunkedArray:
+    return column(rows, name, f"inputs.{name}")

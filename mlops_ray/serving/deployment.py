@@ -1,0 +1,273 @@
+"""Deploying, changing, flushing and removing an endpoint on the cluster's Ray Serve.
+
+All goes through Serve's declarative API: there a changed ``user_config`` reaches the running
+replicas, while ``serve.run`` would restart them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mlops_ray.config.features import Features
+from mlops_ray.config.serving import Serving
+from mlops_ray.errors import ServingError
+from mlops_ray.metadata.home import Home
+from mlops_ray.metadata.types import Endpoint
+from mlops_ray.serving import runtime
+from mlops_ray.serving.app import DEPLOYMENT, IMPORT_PATH, Settings
+from mlops_ray.serving.models import ModelSpec, ServedModels
+from mlops_ray.serving.placement import roots_of, runtime_environment
+
+READY_TIMEOUT_S = 180.0
+FLUSH_TIMEOUT_S = 30.0
+
+_POLL_S = 0.1
+
+Config = dict[str, Any]
+
+
+def deploy(
+    project: str,
+    home: Home,
+    serving: Serving,
+    features: Features,
+    service: str,
+    models: Sequence[ModelSpec],
+    *,
+    targets: Iterable[str] = (),
+    timeout_s: float = READY_TIMEOUT_S,
+) -> Endpoint:
+    """Make the endpoint of ``project`` serve ``models``: the first answers, the others shadow it.
+
+    Starts Serve where it does not run. An endpoint that runs changes its models in place, without
+    dropping a request; changed code or declarations start new replicas before the old ones go.
+    Other applications stay. Returns when every replica serves the models. Only one caller at a time
+    may deploy on a cluster: Serve takes the list of its applications as a whole.
+
+    Args:
+        models: At least one.
+        targets: Dotted names of the project's own code that replicas import, besides the service's
+            request function: the classes of the models.
+
+    Raises:
+        ServingError: A model is refused (the endpoint then goes on with what it served before), the
+            application fails, or it is not ready within ``timeout_s``.
+    """
+    runtime.start(serving)
+    current = _details()
+    previous = _deployed(current, project)
+    roots = roots_of([*_functions(features, service), *targets])
+    environment, relative = runtime_environment(roots)
+    settings = Settings(
+        project=project,
+        home=home.root,
+        serving=serving,
+        features=features,
+        service=service,
+        roots=tuple(relative),
+    )
+    before = _served(previous)
+    served = ServedModels(
+        answer=models[0], shadows=tuple(models[1:]), epoch=before.epoch if before else 0
+    )
+    wanted = _application(settings, environment, _prefix(current, project))
+    if previous != _with_models(wanted, served):
+        served = served.model_copy(update={"epoch": _new_epoch()})
+        _put(current, project, _with_models(wanted, served))
+    try:
+        _wait(project, served, timeout_s)
+    except _RefusedError as refusal:
+        if previous is not None:
+            _put(_details(), project, previous)
+        raise ServingError(
+            f"the endpoint of {project} refuses the new models and goes on with the old ones",
+            where=", ".join(f"{m.alias}: version {m.version}" for m in models),
+            why=str(refusal),
+            fix="train again, or move the alias to another version",
+        ) from refusal
+    return Endpoint(name=project, url=url(serving), versions={m.alias: m.version for m in models})
+
+
+def url(serving: Serving) -> str:
+    """Return the base address of the endpoint's HTTP routes."""
+    host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
+    host = "[::1]" if host == "::" else host
+    return f"http://{host}:{serving.port}"
+
+
+def flush(endpoint: Endpoint, timeout_s: float = FLUSH_TIMEOUT_S) -> int:
+    """Make every replica write its prediction log and report to the monitor.
+
+    Returns when that has happened, with the number of rows and labels that were pending. The monitor
+    may call it if it takes deltas in meanwhile.
+
+    Raises:
+        ServingError: A replica cannot be reached in time, or cannot write.
+    """
+    try:
+        return sum(_ask_all(endpoint.name, "flush", timeout_s))
+    except Exception as error:
+        raise ServingError(
+            f"the endpoint of {endpoint.name} did not write its prediction log",
+            where=endpoint.url,
+            why=str(error) or type(error).__name__,
+            fix="check that it runs, and the disk's free space",
+        ) from error
+
+
+def remove(project: str) -> bool:
+    """Take an endpoint down, after it has answered what it accepted. False where there is none."""
+    current = _details()
+    if _deployed(current, project) is None:
+        return False
+    _put(current, project, None)
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while project in _details()["applications"]:
+        if time.monotonic() > deadline_s:
+            raise ServingError(f"the endpoint of {project} does not go away")
+        time.sleep(_POLL_S)
+    return True
+
+
+class _RefusedError(Exception):
+    """A replica keeps its old models, and says why."""
+
+
+def _functions(features: Features, service: str) -> list[str]:
+    request = features.services[service].request
+    return [] if request is None else [request.function]
+
+
+def _application(settings: Settings, environment: Config, prefix: str) -> Config:
+    return {
+        "name": settings.project,
+        "route_prefix": prefix,
+        "import_path": IMPORT_PATH,
+        "runtime_env": environment,
+        "args": settings.model_dump(mode="json", by_alias=True),
+    }
+
+
+def _with_models(application: Config, served: ServedModels) -> Config:
+    user_config = served.model_dump(mode="json")
+    return application | {"deployments": [{"name": DEPLOYMENT, "user_config": user_config}]}
+
+
+def _served(application: Config | None) -> ServedModels | None:
+    deployments = (application or {}).get("deployments") or [{}]
+    user_config = deployments[0].get("user_config")
+    return ServedModels.parse(user_config) if user_config else None
+
+
+def _new_epoch() -> int:
+    """A number that no earlier deployment has had, refused ones included: the time in ms."""
+    return time.time_ns() // 1_000_000
+
+
+def _deployed(details: Config, project: str) -> Config | None:
+    config: Config | None = details["applications"].get(project, {}).get("deployed_app_config")
+    return config
+
+
+def _prefix(details: Config, project: str) -> str:
+    """The first endpoint takes the whole port, so that every error is its own; later ones a part."""
+    applications = details["applications"]
+    if project in applications:
+        return str(applications[project]["route_prefix"])
+    taken = {application["route_prefix"] for application in applications.values()}
+    return "/" if "/" not in taken else f"/v1/models/{project}"
+
+
+def _put(details: Config, project: str, application: Config | None) -> None:
+    """Send the list of all applications, with this one replaced or (None) left out."""
+    others = [
+        config
+        for name, state in details["applications"].items()
+        if name != project and (config := state.get("deployed_app_config")) is not None
+    ]
+    document = {
+        "proxy_location": details["proxy_location"],
+        "http_options": details["http_options"],
+        "applications": others + ([] if application is None else [application]),
+    }
+    _request(lambda client: client.deploy_applications(document))
+
+
+def _details() -> Config:
+    details: Config = _request(lambda client: client.get_serve_details())
+    return details
+
+
+def _request(call: Callable[[Any], Any]) -> Any:
+    from ray._private.worker import get_dashboard_url
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    address = f"http://{get_dashboard_url()}"
+    try:
+        return call(ServeSubmissionClient(address))
+    except (RuntimeError, ConnectionError) as error:
+        raise ServingError(
+            "Ray Serve's REST API does not accept the request",
+            where=address,
+            why=str(error).strip()[:500],
+            fix="the dashboard must run, and RAY_AUTH_MODE=token be set as in the cluster",
+        ) from error
+
+
+def _ask_all(project: str, method: str, timeout_s: float) -> list[Any]:
+    """Call a method of every replica; return the answers."""
+    from ray import serve
+
+    answers: list[Any] = (
+        serve.get_app_handle(project).broadcast(method).results(timeout_s=timeout_s)
+    )
+    return answers
+
+
+def _wait(project: str, served: ServedModels, timeout_s: float) -> None:
+    """Return when all replicas serve the models.
+
+    Raises:
+        _RefusedError: A replica refuses them.
+        ServingError: The application failed, or time is up.
+    """
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    deadline_s = time.monotonic() + timeout_s
+    state: Config = {}
+    while time.monotonic() < deadline_s:
+        state = _details()["applications"].get(project, {})
+        if state.get("status") == "DEPLOY_FAILED":
+            raise _failed(project, state)
+        if state.get("status") == "RUNNING":
+            try:
+                replicas = _ask_all(project, "describe", timeout_s=10.0)
+            except (RayError, RayServeException, TimeoutError):
+                replicas = []
+            for replica in replicas:
+                refused = replica["refused"]
+                if refused is not None and refused["epoch"] == served.epoch:
+                    raise _RefusedError(refused["why"])
+            if replicas and all(replica["epoch"] == served.epoch for replica in replicas):
+                return
+        time.sleep(_POLL_S)
+    raise ServingError(
+        f"the endpoint of {project} is not ready after {timeout_s:g} s",
+        where=f"status {state.get('status', 'missing')}",
+        why=state.get("message", "") or "its replicas have not started: too few free CPUs?",
+        fix="compare serving.num_cpus with `ray status`, and look into serve/ among Ray's logs",
+    )
+
+
+def _failed(project: str, state: Config) -> ServingError:
+    messages = [state.get("message", "")]
+    messages += [item.get("message", "") for item in state.get("deployments", {}).values()]
+    why = next((text for text in reversed(messages) if text), "")
+    return ServingError(
+        f"the endpoint of {project} cannot be deployed",
+        why=why.strip()[-2000:],
+        fix="the last lines say what its process ran into",
+    )
