@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from mlops_ray.config.training import Gate
 from mlops_ray.delivery.gate import decide
+from mlops_ray.delivery.rollout import deploy
 from mlops_ray.metadata.types import GateDecision, ModelVersion, Report
 from mlops_ray.orchestration.context import Context
+
+__all__ = ["deploy", "gate", "promote"]
 
 CHAMPION = "champion"
 FIRST = "first"

@@ -23,11 +23,12 @@ def backfill(stream: WindowStream, until_us: int) -> Iterator[FeatureRows]:
     import ray.data
 
     rows = stream.history(until_us)
-    after, upto = stream.skip(until_us)
+    after, upto = stream.passing(until_us)
     context = ray.data.DataContext.get_current()
     bars, context.enable_progress_bars = context.enable_progress_bars, False
     try:
-        dataset = ray.data.from_arrow(list(_partitions(rows))).map_batches(
+        partitions: Any = ray.data.from_arrow(list(_partitions(rows)))
+        dataset = partitions.map_batches(
             compute_partition,
             batch_format="pyarrow",
             batch_size=None,
@@ -37,6 +38,7 @@ def backfill(stream: WindowStream, until_us: int) -> Iterator[FeatureRows]:
         for block in dataset.iter_batches(batch_format="pyarrow", batch_size=None):
             if block.num_rows:
                 yield _feature_rows(block, stream.plan)
+        stream.skip(until_us)
     finally:
         context.enable_progress_bars = bars
 

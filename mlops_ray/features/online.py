@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -246,14 +246,14 @@ class LmdbReader:
         self._words = int(starts[-1])
         self._event = starts[:-1] + 1
         self._created = starts[:-1] + 2
-        nulls, values, bits = [], [], []
-        for start, layout in zip(starts.tolist(), layouts, strict=False):
-            bits.append(64 * sum(map(len, nulls)) + np.arange(layout.features))
-            nulls.append(start + _HEAD + np.arange(layout.null_words))
-            values.append(start + _HEAD + layout.null_words + np.arange(layout.features))
-        self._nulls, self._values = np.concatenate(nulls), np.concatenate(values)
-        self._bits = np.concatenate(bits)
-        self._owner = np.repeat(np.arange(len(layouts)), [layout.features for layout in layouts])
+        heads = starts[:-1] + _HEAD
+        null_words = np.array([layout.null_words for layout in layouts])
+        first_bits = 64 * (np.cumsum(null_words) - null_words)
+        counts = [layout.features for layout in layouts]
+        self._nulls = _ranges(heads, null_words)
+        self._values = _ranges(heads + null_words, counts)
+        self._bits = _ranges(first_bits, counts)
+        self._owner = np.repeat(np.arange(len(layouts)), counts)
         self._ttl_us = np.array([layout.ttl_us for layout in layouts])
 
     def read_values(self, keys: Sequence[Keys], at_us: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -288,7 +288,9 @@ class LmdbReader:
             for (prefix, schema, blank), columns in zip(self._views, keys, strict=True):
                 values = [b"" if key is None else get(key) for key in encode_keys(prefix, columns)]
                 found.append([v if v is not None and v[:8] == schema else blank for v in values])
-        joined = b"".join(found[0] if len(found) == 1 else chain.from_iterable(zip(*found)))
+        joined = b"".join(
+            found[0] if len(found) == 1 else chain.from_iterable(zip(*found, strict=True))
+        )
         return np.frombuffer(joined, _WORD).reshape(-1, self._words)
 
     def _judge(
@@ -300,6 +302,12 @@ class LmdbReader:
         after = np.maximum(event, words.take(self._created, 1)) > at
         # A missing row's event time is the largest number there is; its age would overflow.
         return (at - event > self._ttl_us) & ~after, after
+
+
+def _ranges(starts: Iterable[int], lengths: Iterable[int]) -> NDArray[np.int64]:
+    """Return all of start, start + 1, … for each start and its length."""
+    parts = [np.arange(s, s + n, dtype=np.int64) for s, n in zip(starts, lengths, strict=True)]
+    return np.concatenate(parts)
 
 
 def _layout(features: Features, name: str) -> _Layout:

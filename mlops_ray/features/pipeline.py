@@ -33,7 +33,7 @@ class FeaturePipeline:
     may be used from some moment in (last advance, until] on, and writes the feature rows that
     follow from them. Online they are seen at once, offline with the next ``commit``. The offline
     watermark of each view says where a new pipeline takes up; rows that were not committed are then
-    computed again, to the same bits.
+    computed again, to the same bits. After an error, open a new pipeline.
 
     Args:
         features: The declarations.

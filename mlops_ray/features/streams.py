@@ -88,13 +88,21 @@ class SourceRows:
         start, stop = np.searchsorted(self.rows.arrival_us, [after_us, upto_us], side="right")
         return slice(int(start), int(stop))
 
+    def count(self, after_us: int, upto_us: int) -> int:
+        """Return how many rows arrive in (after, upto]."""
+        span = self.between(after_us, upto_us)
+        return max(0, int(span.stop) - int(span.start))
+
 
 class Stream(Protocol):
-    """One view on its way through time. ``cursor_us``: up to where its rows have been taken."""
+    """One view on its way through time."""
 
     definition: ViewDefinition
     source: SourceRows
-    cursor_us: int
+
+    @property
+    def cursor_us(self) -> int:
+        """Up to where the view's source rows have been taken."""
 
     def waiting(self, until_us: int) -> int:
         """Return how many source rows the next advance to ``until_us`` would take."""
@@ -149,17 +157,21 @@ class PlainStream:
     def __init__(self, definition: ViewDefinition, source: SourceRows, cursor_us: int) -> None:
         self.definition = definition
         self.source = source
-        self.cursor_us = cursor_us
+        self._cursor_us = cursor_us
+
+    @property
+    def cursor_us(self) -> int:
+        """Up to where the view's source rows have been taken."""
+        return self._cursor_us
 
     def waiting(self, until_us: int) -> int:
         """Return how many source rows the next advance to ``until_us`` would take."""
-        span = self.source.between(self.cursor_us, until_us)
-        return max(0, span.stop - span.start)
+        return self.source.count(self.cursor_us, until_us)
 
     def advance(self, until_us: int) -> FeatureRows:
         """Return the feature rows of the source rows that arrive in (cursor, until]."""
         rows = self.source.rows.take(self.source.between(self.cursor_us, until_us))
-        self.cursor_us = max(self.cursor_us, until_us)
+        self._cursor_us = max(self._cursor_us, until_us)
         order = np.lexsort((rows.event_us, rows.entity, rows.arrival_us))
         rows = rows.take(order)
         same = (
@@ -197,8 +209,7 @@ class WindowStream:
 
     def waiting(self, until_us: int) -> int:
         """Return how many source rows the next advance to ``until_us`` would take."""
-        span = self.source.between(self.cursor_us, self._floor_us(until_us))
-        return max(0, span.stop - span.start)
+        return self.source.count(self.cursor_us, self._floor_us(until_us))
 
     def advance(self, until_us: int) -> FeatureRows:
         """Return the feature rows of the boundaries in (cursor, until]."""
@@ -223,11 +234,14 @@ class WindowStream:
             return rows
         return rows.take(self.plan.tile(rows.event_us) > self._tile + 1 - self.plan.span)
 
-    def skip(self, until_us: int) -> tuple[int, int]:
-        """Move the cursor without computing; return the boundaries passed, as (after, upto]."""
-        after, self._tile = self._tile, until_us // self.plan.every_us
+    def passing(self, until_us: int) -> tuple[int, int]:
+        """Return the boundaries in (cursor, until], as tile numbers (after, upto]."""
+        return self._tile, until_us // self.plan.every_us
+
+    def skip(self, until_us: int) -> None:
+        """Move the cursor: the feature rows up to there were made elsewhere."""
+        self._tile = until_us // self.plan.every_us
         self._cells = None
-        return after, self._tile
 
     def _current(self) -> Cells:
         if self._cells is None:

@@ -332,7 +332,8 @@ def _last(cells: Cells, runs: _Runs, of: int, newest: Array) -> Array:
     while len(behind):
         place[behind] -= 1
         behind = behind[(place[behind] > low[behind]) & (when[place[behind]] != newest[behind])]
-    return np.where(runs.high > low, last[place], np.nan)
+    values: Array = np.where(runs.high > low, last[place], np.nan)
+    return values
 
 
 def _only_known(cells: Cells, runs: _Runs, boundary: Ints) -> tuple[Cells, _Runs]:

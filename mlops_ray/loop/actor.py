@@ -106,7 +106,8 @@ def ensure(spec: ControllerSpec) -> Any:
     """Return the project's running controller actor, started or reconfigured as ``spec`` says."""
     import ray
 
-    actor = ray.remote(ControllerActor).options(
+    made: Any = ray.remote(ControllerActor)
+    actor = made.options(
         name=actor_name(spec.project),
         namespace=MONITOR_NAMESPACE,
         lifetime="detached",

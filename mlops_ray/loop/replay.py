@@ -219,7 +219,7 @@ class Replayer:
             await asyncio.sleep(_BACKGROUND_PAUSE_S)
 
     async def _send(self, labels: list[list[dict[str, Any]]], requests: list[Request]) -> None:
-        jobs = iter([*labels, *requests])
+        jobs: Iterator[Request | list[dict[str, Any]]] = iter([*labels, *requests])
 
         async def work() -> None:
             for job in jobs:

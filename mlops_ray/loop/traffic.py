@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class Traffic:
         cuts = (np.flatnonzero(np.diff(self._time_us[first:last])) + 1).tolist()
         bounds = [0, *cuts, len(rows)]
         return [
-            Request(times[a], ids[a:b], rows[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
+            Request(times[a], ids[a:b], rows[a:b]) for a, b in pairwise(bounds)
         ]
 
     def labels(self, since: datetime, until: datetime) -> list[list[dict[str, Any]]]:

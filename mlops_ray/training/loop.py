@@ -189,7 +189,7 @@ class _Step:
         self._device = device
 
     def __call__(self, batch: npt.NDArray[np.int64], learning_rate: float) -> float:
-        """Step on the rows ``batch``; return this rank's part of the batch's weighted loss."""
+        """Step on the rows ``batch``; return the batch's weighted loss."""
         own = batch[self._collective.rank :: self._collective.size]
         labels = torch.from_numpy(self._rows.labels[own]).to(self._device)
         # All ranks know all weights, so the mean over the global batch needs no extra message.
@@ -198,21 +198,23 @@ class _Step:
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         loss = (losses * weights.to(self._device)).sum()
         loss.backward()
-        self._sum_gradients()
+        whole = self._sum_over_ranks(loss.detach())
         self.optimizer.step(learning_rate)
-        return loss.item()
+        return whole
 
-    def _sum_gradients(self) -> None:
+    def _sum_over_ranks(self, loss: Tensor) -> float:
+        """Replace the gradients by those of the global batch; return its loss."""
         if self._collective.size == 1:
-            return
+            return loss.item()
         # A parameter may have no gradient on one rank only; all must send equally many values.
         parameters = self.optimizer.parameters
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = torch.cat([loss.reshape(1), *(gradient.reshape(-1) for gradient in gradients)])
         self._collective.sum_(flat)
-        parts = flat.split([gradient.numel() for gradient in gradients])
+        parts = flat[1:].split([gradient.numel() for gradient in gradients])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
+        return flat[0].item()
 
 
 class _Progress:

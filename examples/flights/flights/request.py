@@ -5,7 +5,6 @@ The same function runs over a year of history in training and over one request i
 
 from __future__ import annotations
 
-from datetime import date, timedelta
 from functools import lru_cache
 
 import numpy as np
@@ -15,15 +14,14 @@ from numpy.typing import NDArray
 
 Columns = dict[str, NDArray[np.generic]]
 
-NUMERIC = ("minute_of_day", "block_min", "distance_mi", "pad_min", "holiday_days")
+NUMERIC = ("minute_of_day", "block_min", "distance_mi", "pad_min")
 CATEGORICAL = ("airline", "airport", "destination", "hour", "weekday")
 
 _UTC = pa.timestamp("us", tz="UTC")
 _NEW_YORK = pa.timestamp("us", tz="America/New_York")
 _TABLE_HOURS = 24 * 365
 _MILES_PER_MINUTE = 8.0
-_FARTHEST_DAYS = 5
-_THURSDAY, _MONDAY = 3, 0
+_THURSDAY = 3
 _HOURS = np.array([str(hour) for hour in range(24)], dtype=object)
 _WEEKDAYS = np.array(["mon", "tue", "wed", "thu", "fri", "sat", "sun"], dtype=object)
 
@@ -37,8 +35,7 @@ def request_features(inputs: Columns) -> Columns:
 
     Returns:
         float64 [n]: ``minute_of_day`` (New York time), ``block_min`` (scheduled duration),
-        ``distance_mi``, ``pad_min`` (duration beyond flying the distance at 480 mph),
-        ``holiday_days`` (days to the nearest holiday, signed, within ±5).
+        ``distance_mi``, ``pad_min`` (duration beyond flying the distance at 480 mph).
         str [n]: ``airline``, ``airport``, ``destination``, ``hour``, ``weekday``.
     """
     if not len(inputs["sched_dep"]):
@@ -55,7 +52,6 @@ def request_features(inputs: Columns) -> Columns:
         "block_min": block,
         "distance_mi": distance,
         "pad_min": block - distance / _MILES_PER_MINUTE,
-        "holiday_days": _days_to_holiday(day),
         "airline": inputs["carrier"],
         "airport": inputs["origin"],
         "destination": inputs["dest"],
@@ -83,32 +79,3 @@ def _offsets(first_block: int, last_block: int) -> tuple[int, NDArray[np.timedel
 def _weekday(day: NDArray[np.datetime64]) -> NDArray[np.int64]:
     # 1970-01-01 was a Thursday.
     return (day.astype(np.int64) + _THURSDAY) % 7
-
-
-def _days_to_holiday(day: NDArray[np.datetime64]) -> NDArray[np.float64]:
-    years = day.astype("datetime64[Y]").astype(int) + 1970
-    holidays = _holidays(int(years.min()) - 1, int(years.max()) + 1)
-    after = np.searchsorted(holidays, day)
-    ahead = (holidays[after] - day).astype(np.int64)
-    behind = (day - holidays[after - 1]).astype(np.int64)
-    nearest = np.where(ahead <= behind, -ahead, behind)
-    return np.clip(nearest, -_FARTHEST_DAYS, _FARTHEST_DAYS).astype(np.float64)
-
-
-@lru_cache(maxsize=32)
-def _holidays(first_year: int, last_year: int) -> NDArray[np.datetime64]:
-    """Return the days that Americans travel around, sorted."""
-    days: list[date] = []
-    for year in range(first_year, last_year + 1):
-        days += [date(year, 1, 1), date(year, 7, 4), date(year, 12, 25)]
-        days.append(_nth(year, 1, _MONDAY, 3))
-        days.append(_nth(year, 2, _MONDAY, 3))
-        days.append(_nth(year, 6, _MONDAY, 1) - timedelta(days=7))
-        days.append(_nth(year, 9, _MONDAY, 1))
-        days.append(_nth(year, 11, _THURSDAY, 4))
-    return np.array(sorted(days), dtype="datetime64[D]")
-
-
-def _nth(year: int, month: int, weekday: int, count: int) -> date:
-    first = date(year, month, 1)
-    return first + timedelta(days=(weekday - first.weekday()) % 7 + 7 * (count - 1))

@@ -1,0 +1,171 @@
+"""The steps that the loop offers to workflows."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mlops_ray.config.features import Features
+from mlops_ray.config.monitoring import Loop, Monitoring, Replay
+from mlops_ray.errors import FeatureStoreError
+from mlops_ray.loop.controller import ControllerSpec
+from mlops_ray.loop.jobs import RetrainCommand
+from mlops_ray.loop.recording import Recording
+from mlops_ray.loop.results import MonitorHandle, ReplayResult
+from mlops_ray.metadata.types import Endpoint
+from mlops_ray.orchestration.context import Context
+
+
+def monitor(
+    context: Context, project: str, endpoint: Endpoint, monitoring: Monitoring, loop: Loop
+) -> MonitorHandle:
+    """Start the controller of an endpoint, on the machine's clock, and leave it running.
+
+    One that runs already follows the new declarations and keeps its memory.
+    """
+    from mlops_ray.loop.actor import actor_name, ensure
+    from mlops_ray.metadata.delta import MONITOR_NAMESPACE
+
+    ensure(_spec(context, project, endpoint, monitoring, loop, virtual=False))
+    context.reporter.event("monitor", actor=actor_name(project), endpoint=endpoint.url)
+    return MonitorHandle(
+        project=project, actor=actor_name(project), namespace=MONITOR_NAMESPACE
+    )
+
+
+def replay(
+    context: Context,
+    project: str,
+    features: Features,
+    service: str,
+    tables: dict[str, pa.Table],
+    endpoint: Endpoint,
+    replay: Replay,
+    monitoring: Monitoring,
+    loop: Loop,
+) -> ReplayResult:
+    """Send history to the endpoint on a virtual clock, while the controller acts on what it sees.
+
+    See ``Replayer`` for the order of things. An attempt that was cut short goes on from the last
+    whole day, when the step runs again in the same run.
+
+    Args:
+        context: Of the run. ``context.command`` with ``workflow=<loop.workflow>`` and
+            ``until=<moment>`` is what a retraining runs.
+        project: Name of project and endpoint.
+        features: The declarations; the label source's table is what is replayed.
+        service: The feature service whose inputs make up a request.
+        tables: The cleaned rows of each source, by its name.
+        endpoint: Where to send them.
+        replay: Period, step and concurrency.
+        monitoring: What the controller watches.
+        loop: When it retrains.
+    """
+    from mlops_ray.features.steps import open_pipeline
+    from mlops_ray.loop.actor import RemoteMonitor, ensure
+    from mlops_ray.loop.replay import Replayer
+    from mlops_ray.loop.traffic import Traffic
+    from mlops_ray.serving.client import AsyncClient
+
+    labels = features.labels
+    inputs = tuple(features.services[service].inputs)
+    traffic = Traffic(_table(tables, labels.source), inputs, labels, replay.start, replay.end)
+    spec = _spec(context, project, endpoint, monitoring, loop, virtual=True)
+    handle = ensure(spec)
+    pipeline = open_pipeline(context, features, tables)
+
+    async def run() -> ReplayResult:
+        async with AsyncClient(endpoint, connections=replay.concurrency + 1) as client:
+            replayer = Replayer(
+                context.run_id,
+                traffic,
+                replay,
+                monitoring,
+                loop,
+                client=client,
+                pipeline=pipeline,
+                monitor=RemoteMonitor(handle),
+                recording=Recording(context.home.run(context.run_id) / "replay"),
+                say=lambda rows, message: context.reporter.progress(rows=rows, message=message),
+            )
+            return await replayer.run(endpoint.versions)
+
+    result = asyncio.run(run())
+    for name in ("rows", "requests", "failed_requests", "p50_ms", "p99_ms", "wall_s"):
+        value = getattr(result, name)
+        if value is not None:
+            context.reporter.metric(name, float(value))
+    return result
+
+
+def report(context: Context, project: str, result: ReplayResult) -> Path:
+    """Write ``report.html`` and ``report.json`` of a replay; return the folder that holds both.
+
+    The folder ``runs/<run_id>/report`` of the home keeps a copy for people to open.
+    """
+    from mlops_ray.loop.page import render
+    from mlops_ray.loop.summary import summarise
+    from mlops_ray.loop.report import write
+
+    document = summarise(result, _versions(context, project))
+    for name, value in document["summary"].items():
+        if value is not None:
+            context.reporter.metric(name, float(value))
+    folder = context.home.run(context.run_id) / "report"
+    write(folder, {"project": project, "run_id": context.run_id, **document}, render)
+    return folder
+
+
+def _versions(context: Context, project: str) -> list[dict[str, Any]]:
+    from mlops_ray.registry.registry import Registry
+
+    registry = Registry(context.home)
+    return [registry.describe(f"{project}@{v.version}") for v in registry.versions(project)]
+
+
+def _table(tables: dict[str, pa.Table], source: str) -> pa.Table:
+    if source not in tables:
+        raise FeatureStoreError(
+            f"the table of the label source {source!r} is not given",
+            fix=f"give the step the cleaned table as tables.{source}",
+        )
+    return tables[source]
+
+
+def _spec(
+    context: Context,
+    project: str,
+    endpoint: Endpoint,
+    monitoring: Monitoring,
+    loop: Loop,
+    *,
+    virtual: bool,
+) -> ControllerSpec:
+    return ControllerSpec(
+        project=project,
+        home=str(context.home.root),
+        endpoint=endpoint,
+        monitoring=monitoring,
+        loop=loop,
+        retrain=_retrain_command(context, loop),
+        clock="virtual" if virtual else "wall",
+    )
+
+
+def _retrain_command(context: Context, loop: Loop) -> RetrainCommand | None:
+    if not context.command:
+        return None
+    return RetrainCommand(
+        argv=(*context.command, f"workflow={loop.workflow}"), directory=_shipped_directory()
+    )
+
+
+def _shipped_directory() -> str | None:
+    """Return the package that this job was shipped with, None where it was started in place."""
+    import ray
+
+    shipped = ray.get_runtime_context().runtime_env.get("working_dir")
+    return str(shipped) if shipped and "://" in str(shipped) else None
