@@ -13,7 +13,7 @@ from mlops_ray.metadata.provenance import LOCK_FILE
 _MARK = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
-@click.command()
+@click.command(short_help="Find what is wrong with this machine; say how to fix it.")
 @click.option("--dashboard-port", default=8265, show_default=True)
 @click.option("--serve-port", default=8000, show_default=True)
 def doctor(dashboard_port: int, serve_port: int) -> int:

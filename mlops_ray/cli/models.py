@@ -13,12 +13,12 @@ from mlops_ray.config.locate import default_home
 from mlops_ray.metadata.home import Home
 
 
-@click.group()
+@click.group(short_help="List registered models; show a version's lineage.")
 def models() -> None:
     """List registered models, or show one version with its lineage."""
 
 
-@models.command("list")
+@models.command("list", short_help="List the versions of a model.")
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_versions(name: str, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def list_versions(name: str, as_json: bool) -> None:
     Console().print(table)
 
 
-@models.command()
+@models.command(short_help="Show one version with its lineage.")
 @click.argument("reference", metavar="NAME@VERSION")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(reference: str, as_json: bool) -> None:

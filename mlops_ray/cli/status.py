@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import click
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
-from mlops_ray.cli.display import steps_table
+import click
+
 from mlops_ray.config.locate import default_home
 from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger, RunRecord
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlops_ray.metadata.ledger import RunRecord
 
 
-@click.command()
+@click.command(short_help="List the latest runs, or show one with its steps.")
 @click.argument("run_id", required=False)
 @click.option("--project", help="Only runs of this project.")
 @click.option("--limit", default=10, show_default=True, help="How many runs to list.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(run_id: str | None, project: str | None, limit: int, as_json: bool) -> None:
     """List the latest runs, or show one run with its steps and events."""
+    from rich.console import Console
+
+    from mlops_ray.cli.display import steps_table
+    from mlops_ray.metadata.ledger import Ledger
+
     home = Home(default_home())
     if not (home.root / "ledger.db").is_file():
         raise MlopsRayError(
@@ -49,6 +57,8 @@ def status(run_id: str | None, project: str | None, limit: int, as_json: bool) -
 
 
 def _runs_table(runs: list[RunRecord]) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("run", "project", "workflow", "status", "started", "took"):
         table.add_column(column)

@@ -20,7 +20,7 @@ _REPORTS = ("report.html", "report.json")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
-@click.command()
+@click.command(short_help="Check the configuration; report every problem at once.")
 @_overrides
 def check(overrides: tuple[str, ...]) -> None:
     """Check the configuration without starting Ray; report every problem at once.
@@ -38,7 +38,7 @@ def check(overrides: tuple[str, ...]) -> None:
     )
 
 
-@click.command()
+@click.command(short_help="Show the steps that would run, and which are cached.")
 @_overrides
 def plan(overrides: tuple[str, ...]) -> None:
     """Show the steps that would run, in order, and which ones are cached."""
@@ -58,7 +58,7 @@ def plan(overrides: tuple[str, ...]) -> None:
     Console().print(plan_table(project, graph, made))
 
 
-@click.command()
+@click.command(short_help="Run a workflow; an interrupted one goes on.")
 @_overrides
 @click.option("-m", "--multirun", is_flag=True, help="Run every combination of values a=1,2.")
 @click.option(
@@ -85,7 +85,7 @@ def run(overrides: tuple[str, ...], multirun: bool, save_to: Path | None) -> Non
         _show_report(project, record, save_to)
 
 
-@click.command()
+@click.command(short_help="Run a workflow as a Ray job; follow its output.")
 @_overrides
 @click.option("--address", help="The cluster's dashboard, for example http://127.0.0.1:8265.")
 @click.option("--no-wait", is_flag=True, help="Return once the job is accepted.")

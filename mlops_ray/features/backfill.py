@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from mlops_ray.features.streams import FeatureRows, WindowStream
-from mlops_ray.features.windows import Rows, WindowPlan, boundaries_of, cells_of, emit
+from mlops_ray.features.tiles import Rows, WindowPlan, boundaries_of, cells_of
+from mlops_ray.features.windows import emit
 
 _PARTITION_ROWS = 25_000
 _LEAST_PARTITIONS = 4

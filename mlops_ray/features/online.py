@@ -1,18 +1,11 @@
-"""The online store: the newest feature row of every entity, in LMDB, read within microseconds.
-
-One value per (view, entity key), in little-endian words of eight bytes: schema id, event time,
-created time (µs since 1970), null bits (one word for each 64 features), then the features as float64.
-The schema id stands for the view's definition: a row written under another one is not read.
-"""
+"""The online store: the newest feature row of every entity, in LMDB, read within microseconds."""
 
 from __future__ import annotations
 
 import os
-import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,18 +16,13 @@ from numpy.typing import NDArray
 
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
-from mlops_ray.features.definitions import define
-from mlops_ray.features.keys import encode_key, encode_keys
+from mlops_ray.features.keys import encode_keys
+from mlops_ray.features.layout import FLOAT, HEAD, WORD, Layout, layout_of, pack, stored_times
 
 PRESENT, NULL, NOT_FOUND, EXPIRED = 0, 1, 2, 3
 
 _MAP_BYTES = 16 * 2**30
 _MOST_READERS = 512
-_HEAD = 3
-_TIMES = struct.Struct("<qq")
-_WORD = np.dtype("<i8")
-_FLOAT = np.dtype("<f8")
-_NEVER = np.iinfo(np.int64).max
 
 Keys = Sequence[NDArray[Any]]
 
@@ -86,22 +74,6 @@ class OnlineStore(Protocol):
         """Make all that was written survive a crash of the machine."""
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How the values of one view are laid out."""
-
-    prefix: bytes
-    schema: bytes
-    features: int
-    null_words: int
-    ttl_us: int
-    blank: bytes
-
-    @property
-    def words(self) -> int:
-        return _HEAD + self.null_words + self.features
-
-
 class LmdbStore:
     """An online store in one LMDB folder.
 
@@ -118,7 +90,7 @@ class LmdbStore:
     def __init__(self, path: Path, features: Features, *, readonly: bool = False) -> None:
         self._path = path
         self._readonly = readonly
-        self._layouts = {name: _layout(features, name) for name in features.views}
+        self._layouts = {name: layout_of(features, name) for name in features.views}
         self._env = _environment(path, readonly)
         self._writing: Any = None
 
@@ -145,8 +117,8 @@ class LmdbStore:
             null: bool [n, f], which of them are null; none when left out.
         """
         layout = self._layout(view)
-        size = layout.words * _WORD.itemsize
-        packed = _pack(layout, event_us, created_us, values, null)
+        size = layout.words * WORD.itemsize
+        packed = pack(layout, event_us, created_us, values, null)
         times = zip(event_us.tolist(), created_us.tolist(), strict=True)
         kept = 0
         with self._transaction() as transaction:
@@ -156,7 +128,11 @@ class LmdbStore:
                 if key is None:
                     continue
                 stored = transaction.get(key)
-                if stored is not None and stored[:8] == layout.schema and _times(stored) > time:
+                if (
+                    stored is not None
+                    and stored[:8] == layout.schema
+                    and stored_times(stored) > time
+                ):
                     continue
                 transaction.put(key, packed[row * size : (row + 1) * size])
                 kept += 1
@@ -219,7 +195,7 @@ class LmdbStore:
             raise FeatureStoreError("this online store is open for reading", where=str(self._path))
         return self._env.lmdb
 
-    def _layout(self, view: str) -> _Layout:
+    def _layout(self, view: str) -> Layout:
         if view not in self._layouts:
             raise FeatureStoreError(
                 f"there is no feature view {view!r}", fix=f"known views: {', '.join(self._layouts)}"
@@ -238,7 +214,7 @@ class LmdbReader:
     views as for one.
     """
 
-    def __init__(self, environment: _Environment, layouts: Sequence[_Layout]) -> None:
+    def __init__(self, environment: _Environment, layouts: Sequence[Layout]) -> None:
         self._environment = environment
         self._views = [(layout.prefix, layout.schema, layout.blank) for layout in layouts]
         sizes = [layout.words for layout in layouts]
@@ -246,7 +222,7 @@ class LmdbReader:
         self._words = int(starts[-1])
         self._event = starts[:-1] + 1
         self._created = starts[:-1] + 2
-        heads = starts[:-1] + _HEAD
+        heads = starts[:-1] + HEAD
         null_words = np.array([layout.null_words for layout in layouts])
         first_bits = 64 * (np.cumsum(null_words) - null_words)
         counts = [layout.features for layout in layouts]
@@ -261,7 +237,7 @@ class LmdbReader:
         words = self._fetch(keys)
         old, after = self._judge(words, at_us)
         unusable = old | after
-        matrix = words.view(_FLOAT).take(self._values, 1)
+        matrix = words.view(FLOAT).take(self._values, 1)
         if unusable.any():
             matrix[unusable[:, self._owner]] = np.nan
         return matrix
@@ -272,7 +248,7 @@ class LmdbReader:
         """Return the features [n, f] of all views as of ``at_us``, and the status of each."""
         words = self._fetch(keys)
         old, after = self._judge(words, at_us)
-        matrix = words.view(_FLOAT).take(self._values, 1)
+        matrix = words.view(FLOAT).take(self._values, 1)
         packed = words.take(self._nulls, 1).view(np.uint8)
         null = np.unpackbits(packed, axis=1, bitorder="little").take(self._bits, 1)
         status = np.where(null == 1, NULL, PRESENT).astype(np.uint8)
@@ -291,7 +267,7 @@ class LmdbReader:
         joined = b"".join(
             found[0] if len(found) == 1 else chain.from_iterable(zip(*found, strict=True))
         )
-        return np.frombuffer(joined, _WORD).reshape(-1, self._words)
+        return np.frombuffer(joined, WORD).reshape(-1, self._words)
 
     def _judge(
         self, words: NDArray[np.int64], at_us: NDArray[np.int64]
@@ -308,50 +284,6 @@ def _ranges(starts: Iterable[int], lengths: Iterable[int]) -> NDArray[np.int64]:
     """Return all of start, start + 1, … for each start and its length."""
     parts = [np.arange(s, s + n, dtype=np.int64) for s, n in zip(starts, lengths, strict=True)]
     return np.concatenate(parts)
-
-
-def _layout(features: Features, name: str) -> _Layout:
-    definition = define(features, name)
-    count = len(definition.feature_names)
-    null_words = (count + 63) // 64
-    schema = bytes.fromhex(definition.digest[:16])
-    blank = np.zeros(_HEAD + null_words + count, _WORD)
-    blank[1:_HEAD] = _NEVER
-    blank[_HEAD + null_words :].view(_FLOAT)[:] = np.nan
-    prefix = encode_key(b"v", [name])
-    assert prefix is not None
-    ttl_us = _NEVER if definition.ttl_us is None else definition.ttl_us
-    return _Layout(prefix, schema, count, null_words, ttl_us, blank.tobytes())
-
-
-def _pack(
-    layout: _Layout,
-    event_us: NDArray[np.int64],
-    created_us: NDArray[np.int64],
-    values: NDArray[np.float64],
-    null: NDArray[np.bool_] | None,
-) -> bytes:
-    rows = len(event_us)
-    if values.shape != (rows, layout.features):
-        raise FeatureStoreError(
-            f"{rows} rows of {layout.features} features are due, the matrix is {values.shape}"
-        )
-    words = np.zeros((rows, layout.words), _WORD)
-    words[:, 0] = np.frombuffer(layout.schema, _WORD)
-    words[:, 1] = event_us
-    words[:, 2] = created_us
-    if null is not None:
-        bits = np.zeros((rows, layout.null_words * 64), np.bool_)
-        bits[:, : layout.features] = null
-        packed = np.packbits(bits, axis=1, bitorder="little")
-        words[:, _HEAD : _HEAD + layout.null_words] = packed.view(_WORD)
-        values = np.where(null, np.nan, values)
-    words[:, _HEAD + layout.null_words :].view(_FLOAT)[:] = values
-    return words.tobytes()
-
-
-def _times(stored: bytes) -> tuple[int, ...]:
-    return _TIMES.unpack_from(stored, 8)
 
 
 class _Environment:

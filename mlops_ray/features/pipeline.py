@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import numpy as np
@@ -111,18 +112,27 @@ class FeaturePipeline:
             The version of each view's table.
         """
         self._online.flush()
-        for name, pending in self._pending.items():
-            watermark_us = self._until_us[name]
-            if watermark_us is None or (not pending and self._versions[name] >= 0):
-                continue
-            stream = self._streams[name]
-            tables = []
-            if pending:
-                joined = FeatureRows.join(pending)
-                tables = [table_of(stream.definition, stream.source, joined)]
-            self._versions[name] = self._offline.append(name, tables, watermark_us)
-            pending.clear()
+        due = [name for name in self._pending if self._is_due(name)]
+        with ThreadPoolExecutor(max_workers=max(1, len(due))) as pool:
+            versions = pool.map(self._commit_view, due)
+            self._versions |= dict(zip(due, versions, strict=True))
         return self.versions
+
+    def _is_due(self, name: str) -> bool:
+        """A view without new rows needs no commit, but for the one that makes its table."""
+        new = bool(self._pending[name]) or self._versions[name] < 0
+        return new and self._until_us[name] is not None
+
+    def _commit_view(self, name: str) -> int:
+        stream, pending = self._streams[name], self._pending[name]
+        watermark_us = self._until_us[name]
+        assert watermark_us is not None
+        tables = []
+        if pending:
+            tables = [table_of(stream.definition, stream.source, FeatureRows.join(pending))]
+        version = self._offline.append(name, tables, watermark_us)
+        pending.clear()
+        return version
 
     def _open(self, name: str, tables: Mapping[str, pa.Table]) -> None:
         definition = define(self._features, name)

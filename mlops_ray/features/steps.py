@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -14,51 +15,71 @@ from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import LmdbStore
 from mlops_ray.features.pipeline import FeaturePipeline
 from mlops_ray.features.sources import clean_source, find_source, read_source
+from mlops_ray.features.tables import read_tables, write_tables
 from mlops_ray.features.training_set import build_training_set
 from mlops_ray.metadata.types import FeatureVersions
 from mlops_ray.orchestration.context import Context
 
 
-def extract(context: Context, features: Features, source: str) -> pa.Table:
-    """Return all raw rows of one source, with timestamps as ``timestamp[us, UTC]``.
+def extract(context: Context, features: Features) -> Path:
+    """Read all raw rows of every source, with timestamps as ``timestamp[us, UTC]``.
+
+    Returns a folder with one Arrow file for each source.
 
     Raises:
-        SourceError: The source cannot be read.
+        SourceError: A source cannot be read.
     """
-    table = read_source(find_source(features, source), f"features.sources.{source}")
-    context.reporter.progress(rows=table.num_rows, message=f"read {source}")
-    context.reporter.metric("rows", table.num_rows)
-    return table
+    tables = {}
+    for name, source in features.sources.items():
+        context.reporter.progress(message=f"reading {name}")
+        tables[name] = read_source(source, f"features.sources.{name}")
+        context.reporter.metric(f"rows_{name}", tables[name].num_rows)
+    context.reporter.progress(rows=_rows(tables), message="read")
+    return write_tables(context.scratch(), tables)
 
 
-def clean(context: Context, features: Features, source: str, raw: pa.Table) -> pa.Table:
-    """Return the rows of a source after its clean function, once its expectations hold.
+def clean(context: Context, features: Features, raw: Path) -> Path:
+    """Apply each source's clean function, then check its expectations.
 
-    Every result is an event ``expectation``, whether it passed or not.
+    Every result is an event ``expectation``, whether it passed or not. Returns a folder with one
+    Arrow file for each source.
 
     Raises:
-        SourceError: The clean function failed.
+        SourceError: A clean function failed.
         SchemaError: A column is missing or has the wrong type.
         ExpectationError: Expectations of severity fail do not hold.
     """
-    where = f"features.sources.{source}"
-    declared = find_source(features, source)
+    tables = {}
+    for name, table in read_tables(raw).items():
+        context.reporter.progress(message=f"cleaning {name}")
+        tables[name] = _clean_one(context, features, name, table)
+        context.reporter.metric(f"rows_{name}", tables[name].num_rows)
+        context.reporter.metric(f"rows_dropped_{name}", table.num_rows - tables[name].num_rows)
+    context.reporter.progress(rows=_rows(tables), message="cleaned")
+    return write_tables(context.scratch(), tables)
+
+
+def _clean_one(context: Context, features: Features, name: str, raw: pa.Table) -> pa.Table:
+    where = f"features.sources.{name}"
+    declared = find_source(features, name)
     table = clean_source(declared, raw, where)
     results = expectations.evaluate(table, declared.expectations, where)
     for result in results:
-        context.reporter.event("expectation", source=source, **asdict(result))
+        context.reporter.event("expectation", source=name, **asdict(result))
     expectations.enforce(results, where)
-    context.reporter.progress(rows=table.num_rows, message=f"cleaned {source}")
-    context.reporter.metric("rows", table.num_rows)
-    context.reporter.metric("rows_dropped", raw.num_rows - table.num_rows)
     return table
+
+
+def _rows(tables: dict[str, pa.Table]) -> int:
+    return sum(table.num_rows for table in tables.values())
 
 
 def materialize(
     context: Context,
     features: Features,
-    tables: dict[str, pa.Table],
+    tables: Path,
     until: Instant | None = None,
+    advance: bool = True,
 ) -> FeatureVersions:
     """Advance every view to ``until`` (None: the last moment at which a source row arrives).
 
@@ -68,10 +89,16 @@ def materialize(
     Args:
         context: Of the run.
         features: The declarations.
-        tables: The cleaned rows of each source that views read, by its name.
+        tables: The folder with the cleaned rows of each source.
         until: Nothing that is known later is used.
+        advance: False leaves the stores alone and returns the versions at which they stand: for a
+            retraining beside something else that keeps them fresh.
     """
-    pipeline = open_pipeline(context, features, tables)
+    if not advance:
+        store = OfflineStore(context.home.offline(context.project), features)
+        versions = {name: store.version(name) for name in features.views}
+        return FeatureVersions(versions=versions, until=until)
+    pipeline = open_pipeline(context, features, read_tables(tables))
     moment = until or pipeline.newest
     if moment is None:
         raise FeatureStoreError(
@@ -99,16 +126,17 @@ def training_set(
     context: Context,
     features: Features,
     service: str,
-    table: pa.Table,
+    tables: Path,
     versions: FeatureVersions,
     until: Instant | None = None,
 ) -> pa.Table:
     """Return the labelled rows known by ``until`` with the service's features as of their times.
 
-    ``table`` holds the cleaned rows of the label source; the views are read at ``versions``. Rows
+    ``tables`` holds the cleaned rows of the label source; the views are read at ``versions``. Rows
     that have no label are left out and counted: metric ``rows_without_label``.
     """
     store = OfflineStore(context.home.offline(context.project), features)
+    table = read_tables(tables)[features.labels.source]
     result, count = build_training_set(features, service, table, store, versions.versions, until)
     context.reporter.progress(rows=result.num_rows, message="training set")
     context.reporter.metric("rows", count.labelled)

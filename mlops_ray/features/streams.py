@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 from mlops_ray.config.features import Source
 from mlops_ray.features.columns import INSTANT, NO_TIME, encode, instants, key_columns, numbers
 from mlops_ray.features.definitions import ViewDefinition
-from mlops_ray.features.windows import (
+from mlops_ray.features.tiles import (
     Cells,
     Rows,
     WindowPlan,
     boundaries_of,
     cells_of,
-    emit,
     expire,
     merge,
     no_cells,
     plan_of,
 )
+from mlops_ray.features.windows import emit
 
 _START = np.iinfo(np.int64).min
 

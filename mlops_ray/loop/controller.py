@@ -99,6 +99,8 @@ class Controller:
         Raises:
             MonitoringError: There is no such checkpoint.
         """
+        # What the replicas still hold is of an earlier time, and must not come in later.
+        self._world.flush()
         with self._turn, self._memory:
             self._monitor = Monitor(self._spec.monitoring)
             self._measurement = self._decision = None
@@ -209,7 +211,9 @@ class Controller:
         decision = decide(loop_state, self._spec.loop, self._spec.monitoring)
         self._measurement, self._decision = measurement, decision
         verdict = decision.model_dump(mode="json", include={"action", "reason"})
-        self._note("measured", now, **verdict, **measurement.model_dump(mode="json"))
+        self._note(
+            "measured", now, **verdict, **measurement.model_dump(mode="json", exclude={"at"})
+        )
         self._change(now=now)
         if decision.action == "retrain" and self._spec.retrain is not None:
             self._trigger(now, decision, served)

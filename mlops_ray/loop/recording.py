@@ -123,10 +123,10 @@ class Recording:
         self.folder.mkdir(parents=True)
 
     def write(self, since: datetime, rows: pa.Table, sent: Sent) -> None:
-        """Write the parts of the day from ``since`` on, over any that an earlier attempt left."""
-        day = since.strftime(_STAMP)
-        write_table(rows, self.folder / f"rows-{day}.arrow")
-        write_table(sent.table(), self.folder / f"requests-{day}.arrow")
+        """Write what was done from ``since`` on."""
+        moment = since.strftime(_STAMP)
+        write_table(rows, self.folder / f"rows-{moment}.arrow")
+        write_table(sent.table(), self.folder / f"requests-{moment}.arrow")
 
     def move(self, cursor: Cursor) -> None:
         """Say up to where the replay is done. What lies before it must be written by now."""
@@ -138,12 +138,18 @@ class Recording:
         """Write what the controller measured and did."""
         (self.folder / "history.json").write_text(json.dumps(history))
 
-    def rows(self, until: datetime | None = None) -> pa.Table:
-        """Return the rows of all days, or of those that begin before ``until``, in order."""
-        return read_parts(self.folder, "rows", until)
+    def cut(self, since: datetime) -> None:
+        """Remove the parts that begin at ``since`` or later."""
+        for path in self.folder.glob("*-*.arrow"):
+            if path.stem.partition("-")[2] >= since.strftime(_STAMP):
+                path.unlink()
+
+    def rows(self) -> pa.Table:
+        """Return the rows of all parts, in order of time."""
+        return read_parts(self.folder, "rows")
 
     def requests(self) -> pa.Table:
-        """Return the requests of all days."""
+        """Return the requests of all parts."""
         return read_parts(self.folder, "requests")
 
 
@@ -176,10 +182,9 @@ def join_rows(answers: Answers, outcomes: pa.Table, observed: pa.Table) -> pa.Ta
     return pa.table(columns | {"label": rows["label"], "known_at": rows["known_at"]})
 
 
-def read_parts(folder: Path, kind: str, until: datetime | None = None) -> pa.Table:
-    """Return the parts of a kind, ``rows`` or ``requests``, in the order of their days."""
-    last = f"{kind}-{until.strftime(_STAMP) if until else '~'}"
-    paths = [path for path in sorted(folder.glob(f"{kind}-*.arrow")) if path.stem < last]
+def read_parts(folder: Path, kind: str) -> pa.Table:
+    """Return the parts of a kind, ``rows`` or ``requests``, in order."""
+    paths = sorted(folder.glob(f"{kind}-*.arrow"))
     parts = [pa.ipc.open_file(pa.OSFile(str(path))).read_all() for path in paths]
     if not parts:
         return (ROW if kind == "rows" else REQUEST).empty_table()

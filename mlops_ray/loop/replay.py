@@ -28,31 +28,12 @@ from mlops_ray.loop.recording import (
 )
 from mlops_ray.loop.results import ReplayResult
 from mlops_ray.loop.traffic import Request, Traffic
+from mlops_ray.serving.client import AsyncClient
 
 _DAY = timedelta(days=1)
 _POLL_S = 0.2
 _BACKGROUND_PAUSE_S = 0.05
 _RECENT_REQUESTS = 64
-
-
-class Answer(Protocol):
-    """The endpoint's answer to one request."""
-
-    version: int
-    ids: list[str]
-    scores: list[float]
-
-
-class PredictionClient(Protocol):
-    """The endpoint, as a client sees it. Both raise ``MlopsRayError`` where it does not answer."""
-
-    async def predict(
-        self, rows: list[dict[str, Any]], *, ids: list[str] | None = None, log: bool = True
-    ) -> Answer:
-        """Ask for scores."""
-
-    async def feedback(self, labels: list[dict[str, Any]]) -> int:
-        """Tell labels; return how many were accepted."""
 
 
 class Pipeline(Protocol):
@@ -99,8 +80,9 @@ class Replayer:
     trigger's time plus ``loop.budget``: there the clock waits for it, while recent requests go on
     being sent.
 
-    After each day all results and the controller's state are on disk. A replay that was killed goes
-    on from there when it is run again under the same ``session``.
+    After each day, and whenever a retraining begins or ends, all results and the controller's state
+    are on disk. A replay that was killed goes on from there when it is run again under the same
+    ``session``.
 
     Args:
         say: Called with the rows done and a message whenever a day is done.
@@ -114,7 +96,7 @@ class Replayer:
         monitoring: Monitoring,
         loop: Loop,
         *,
-        client: PredictionClient,
+        client: AsyncClient,
         pipeline: Pipeline,
         monitor: LoopMonitor,
         recording: Recording,
@@ -134,20 +116,22 @@ class Replayer:
         self._status: dict[str, Any] = {}
         self._recent: deque[Request] = deque(maxlen=_RECENT_REQUESTS)
         self._answers, self._sent = Answers(), Sent()
-        self._labels_until = replay.start
+        self._since = self._labels_until = replay.start
         self._rows_done = self._unlogged_rows = 0
         self._wall_s = 0.0
+        self._resumed_s = time.perf_counter()
 
     async def run(self, versions: dict[str, int]) -> ReplayResult:
         """Send everything; return what came of it. ``versions`` are those deployed at the start."""
         await self._begin()
         while self._clock.now() < self._replay.end:
-            began = time.perf_counter()
             since = self._clock.now()
             until = min(_next_day(since), self._replay.end)
             for hour in _steps(since, until, self._replay.step):
                 await self._hour(hour, min(hour + self._replay.step, until))
-            await self._finish_day(since, until, began)
+            self._clock.advance(until)
+            self._pipeline.commit()
+            await self._save()
         await self._end()
         return self._result(versions)
 
@@ -161,7 +145,9 @@ class Replayer:
         self._clock = VirtualClock(cursor.next)
         self._labels_until = cursor.labels_until
         self._wall_s, self._unlogged_rows = cursor.wall_s, cursor.unlogged_rows
-        self._rows_done = len(self._recording.rows(until=cursor.next))
+        self._since = cursor.next
+        self._recording.cut(cursor.next)
+        self._rows_done = len(self._recording.rows())
 
     async def _hour(self, hour: datetime, until: datetime) -> None:
         self._clock.advance(hour)
@@ -188,6 +174,7 @@ class Replayer:
             # Training reads the offline store: it must hold everything up to now.
             self._pipeline.commit()
             self._status = await self._monitor.start_retraining()
+            await self._save()
 
     async def _follow_retraining(self, now: datetime) -> None:
         """Where a retraining is under way: see how it is, and at its deadline wait for its end."""
@@ -197,6 +184,9 @@ class Replayer:
         last = deadline(self._status, self._budget)
         if last is not None and now >= last:
             await self._await_retraining(now)
+        if self._status["phase"] != "retraining":
+            # A promotion cannot be taken back: nothing before it may be sent again.
+            await self._save()
 
     async def _await_retraining(self, now: datetime) -> None:
         waiting = asyncio.Event()
@@ -256,43 +246,50 @@ class Replayer:
         latency_ms = (time.perf_counter() - began) * 1000
         self._sent.add(self._clock.now(), len(labels), latency_ms, error, "feedback")
 
-    async def _finish_day(self, since: datetime, until: datetime, began: float) -> None:
-        """Write the day down. The cursor moves last: what it covers is complete on disk."""
-        observed = await self._monitor.rows(since, until)
-        rows = join_rows(self._answers, self._traffic.outcomes(since, until), observed)
-        self._unlogged_rows += max(len(rows) - len(observed), 0)
-        self._pipeline.commit()
-        self._recording.write(since, rows, self._sent)
-        self._answers, self._sent = Answers(), Sent()
-        self._rows_done += len(rows)
-        checkpoint = until.strftime("%Y%m%dT%H%M%SZ")
+    async def _save(self) -> None:
+        """Write down what was done up to now. The cursor moves last: what it covers is on disk."""
+        since, until = self._since, self._clock.now()
+        if until > since:
+            await self._write(since, until)
+        checkpoint = f"{until:%Y%m%dT%H%M%SZ}-{time.time_ns()}"
         await self._monitor.checkpoint(checkpoint)
-        self._wall_s += time.perf_counter() - began
-        self._clock.advance(until)
         self._recording.move(
             Cursor(
                 session=self._session,
                 next=until,
                 labels_until=self._labels_until,
                 checkpoint=checkpoint,
-                wall_s=self._wall_s,
+                wall_s=self._elapsed_s(),
                 unlogged_rows=self._unlogged_rows,
             )
         )
+        self._since = until
         self._report(self._status["phase"])
+
+    async def _write(self, since: datetime, until: datetime) -> None:
+        observed = await self._monitor.rows(since, until)
+        rows = join_rows(self._answers, self._traffic.outcomes(since, until), observed)
+        self._recording.write(since, rows, self._sent)
+        self._unlogged_rows += max(len(rows) - len(observed), 0)
+        self._rows_done += len(rows)
+        self._answers, self._sent = Answers(), Sent()
+
+    def _elapsed_s(self) -> float:
+        now_s = time.perf_counter()
+        self._wall_s += now_s - self._resumed_s
+        self._resumed_s = now_s
+        return self._wall_s
 
     async def _end(self) -> None:
         """Bring the clock to its end: the last labels, and the end of a retraining under way."""
-        began = time.perf_counter()
         end = self._replay.end
         self._pipeline.advance(end, commit=True)
         await self._send(self._traffic.labels(self._labels_until, end), [])
         if self._status["phase"] == "retraining":
             await self._await_retraining(end)
-        rows = join_rows(self._answers, self._traffic.outcomes(end, end), ROW.empty_table())
-        self._recording.write(end, rows, self._sent)
+        await self._write(end, end)
         self._recording.write_history(await self._monitor.history())
-        self._wall_s += time.perf_counter() - began
+        self._elapsed_s()
 
     def _report(self, state: str) -> None:
         served = self._status["served"] or {}

@@ -31,9 +31,7 @@ def monitor(
 
     ensure(_spec(context, project, endpoint, monitoring, loop, virtual=False))
     context.reporter.event("monitor", actor=actor_name(project), endpoint=endpoint.url)
-    return MonitorHandle(
-        project=project, actor=actor_name(project), namespace=MONITOR_NAMESPACE
-    )
+    return MonitorHandle(project=project, actor=actor_name(project), namespace=MONITOR_NAMESPACE)
 
 
 def replay(
@@ -101,22 +99,24 @@ def replay(
     return result
 
 
-def report(context: Context, project: str, result: ReplayResult) -> Path:
+def report(context: Context, project: str, result: ReplayResult, monitoring: Monitoring) -> Path:
     """Write ``report.html`` and ``report.json`` of a replay; return the folder that holds both.
 
-    The folder ``runs/<run_id>/report`` of the home keeps a copy for people to open.
+    They also appear in the run's folder, for people to open.
     """
-    from mlops_ray.loop.page import render
-    from mlops_ray.loop.summary import summarise
     from mlops_ray.loop.report import write
+    from mlops_ray.loop.summary import summarise
 
     document = summarise(result, _versions(context, project))
     for name, value in document["summary"].items():
         if value is not None:
             context.reporter.metric(name, float(value))
-    folder = context.home.run(context.run_id) / "report"
-    write(folder, {"project": project, "run_id": context.run_id, **document}, render)
-    return folder
+    head = {"project": project, "run_id": context.run_id}
+    document = head | document | {"drift_threshold": monitoring.drift.threshold}
+    folder = context.home.run(context.run_id)
+    for place in (folder, folder / "report"):
+        write(place, document)
+    return folder / "report"
 
 
 def _versions(context: Context, project: str) -> list[dict[str, Any]]:

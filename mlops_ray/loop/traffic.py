@@ -84,9 +84,7 @@ class Traffic:
         ids, times = part["id"].to_pylist(), part["time"].to_pylist()
         cuts = (np.flatnonzero(np.diff(self._time_us[first:last])) + 1).tolist()
         bounds = [0, *cuts, len(rows)]
-        return [
-            Request(times[a], ids[a:b], rows[a:b]) for a, b in pairwise(bounds)
-        ]
+        return [Request(times[a], ids[a:b], rows[a:b]) for a, b in pairwise(bounds)]
 
     def labels(self, since: datetime, until: datetime) -> list[list[dict[str, Any]]]:
         """Return the labels that became known in (since, until], in batches for one request each.

@@ -104,7 +104,7 @@ def write(path: Path, manifest: Manifest, weights: Weights, reference: Reference
     draft = path.with_name(f".{path.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    digests = {"weights": _weights_digest(weights), "reference": reference.digest}
+    digests = _digests(manifest, weights, reference)
     document = manifest.model_dump(mode="json") | {"digests": digests}
     (draft / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     (draft / REFERENCE).write_bytes(canonical_json(reference.to_json()) + b"\n")
@@ -134,17 +134,24 @@ def read(path: Path | str) -> Package:
         raise _broken(folder, f"{error.filename} is not there") from error
     except (OSError, ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
         raise _broken(folder, f"{type(error).__name__}: {error}") from error
-    found = {"weights": _weights_digest(weights), "reference": reference.digest}
+    found = _digests(manifest, weights, reference)
     for part, expected in digests.items():
         if found.get(part) != expected:
-            raise _broken(folder, f"the {part} do not match the digest in {MANIFEST}")
-    digest = digest_json({"manifest": manifest.model_dump(mode="json"), "digests": found})
-    return Package(folder, manifest, weights, reference, digest, found["weights"])
+            raise _broken(folder, f"the {part} does not match its digest in {MANIFEST}")
+    return Package(folder, manifest, weights, reference, digest_json(found), found["weights"])
 
 
 def digest(path: Path | str) -> str:
     """Return the digest of a package's canonical content: equal models have equal digests."""
     return read(path).digest
+
+
+def _digests(manifest: Manifest, weights: Weights, reference: Reference) -> dict[str, str]:
+    return {
+        "manifest": digest_json(manifest.model_dump(mode="json")),
+        "weights": _weights_digest(weights),
+        "reference": reference.digest,
+    }
 
 
 def _weights_digest(weights: Weights) -> str:

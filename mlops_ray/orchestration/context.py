@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from mlops_ray.metadata.home import Home
@@ -57,3 +59,10 @@ class Context:
     step: str = "adhoc"
     reporter: Reporter = field(default_factory=Silent)
     command: tuple[str, ...] = ()
+
+    def scratch(self) -> Path:
+        """Return an empty folder for this step's files; it is removed when the step is over."""
+        folder = self.home.run(self.run_id) / "scratch" / self.step
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder

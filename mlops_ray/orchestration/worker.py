@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import shutil
 import sys
 import time
 import traceback
@@ -48,15 +49,21 @@ class LedgerReporter:
         self._task = task
         self._last_update_s = 0.0
         self._rows: int | None = None
+        self._message = ""
         self._metrics: dict[str, float] = {}
         self._params: dict[str, Any] = {}
 
     def progress(self, *, rows: int | None = None, message: str = "") -> None:
         """Record rows done and a message."""
         self._rows = rows if rows is not None else self._rows
+        self._message = message or self._message
         if time.monotonic() - self._last_update_s >= _LEAST_BETWEEN_UPDATES_S:
-            self._last_update_s = time.monotonic()
-            self._update(rows=self._rows, message=message or None)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the latest progress now."""
+        self._last_update_s = time.monotonic()
+        self._update(rows=self._rows, message=self._message or None)
 
     def metric(self, name: str, value: float) -> None:
         """Record a metric."""
@@ -101,10 +108,13 @@ def _call(task: Task, home: Home, ledger: Ledger) -> ArtifactRef:
     try:
         function = load(task.target)
         output = function(**bind(function, task.arguments, context, artifacts))
+        reporter.flush()
         return artifacts.put(output)
     except Exception as error:
         traceback.print_exc()
         raise _step_error(task, error) from None
+    finally:
+        shutil.rmtree(home.run(task.run_id) / "scratch" / task.step, ignore_errors=True)
 
 
 def bind(

@@ -124,6 +124,11 @@ class Registry:
                 fix="use letters, digits, '_' and '-'; not 'latest', not v and a number",
             ) from error
 
+    def remove_alias(self, model_name: str, alias: str) -> None:
+        """Make ``alias`` name nothing. The version that it named stays."""
+        if alias in self.aliases(model_name):
+            self._client.delete_registered_model_alias(model_name, alias)
+
     def aliases(self, model_name: str) -> dict[str, int]:
         """Return the aliases of a model and the versions that they name; {} for no such model."""
         from mlflow.exceptions import MlflowException

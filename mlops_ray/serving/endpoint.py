@@ -10,8 +10,10 @@ import asyncio
 import difflib
 import logging
 import os
+import sys
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -93,7 +95,8 @@ class Endpoint:
                 self._refused = None
                 return
             try:
-                models = await asyncio.to_thread(self._loader.load, served, self._models)
+                with _eager_switching():
+                    models = await asyncio.to_thread(self._loader.load, served, self._models)
             except ServingError as error:
                 if self._models is None:
                     raise
@@ -247,6 +250,17 @@ class Endpoint:
     def _new_ids(self, rows: int) -> list[str]:
         first, self._id_count = self._id_count, self._id_count + rows
         return [f"{self._id_prefix}-{number}" for number in range(first, first + rows)]
+
+
+@contextmanager
+def _eager_switching() -> Iterator[None]:
+    """Let a thread wait for the interpreter 0.5 ms at most, so that loading delays no answer."""
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual_s)
 
 
 class _NotReadyError(Exception):

@@ -22,6 +22,7 @@ MAX_ID_LENGTH = 256
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+_LARGEST_INT = 2**1023
 _BODY = {"rows", "columns", "ids"}
 
 Column = NDArray[Any]
@@ -216,13 +217,10 @@ class _FieldParser:
                 self._wrong("a number", value, row)
             if kind is float and not math.isfinite(value):
                 raise _refusal("must be finite: NaN and Infinity are refused", self._name, row)
+            if kind is int and abs(value) > _LARGEST_INT:
+                raise _refusal("is too large", self._name, row)
             self._check_bounds(value, row)
-        # None becomes NaN. An int beyond float's range cannot come out of a JSON number of the
-        # decoders in use, but can out of Python's own.
-        try:
-            return np.array(values, dtype=np.float64)
-        except OverflowError:
-            raise _refusal("is too large", self._name) from None
+        return np.array(values, dtype=np.float64)  # None becomes NaN
 
     def _timestamp(self, values: list[Any]) -> Column:
         micros = [

@@ -51,14 +51,14 @@ def start(serving: Serving) -> Mode:
     Raises:
         ServingError: The port is taken by another program, or Serve cannot be started.
     """
-    running = _running()
-    if running is None:
+    found = running()
+    if found is None:
         _check_port_is_free(serving.host, serving.port)
         _start(serving)
-        running = _running()
-    if running is None:
+        found = running()
+    if found is None:
         raise ServingError("Ray Serve did not start", where=f"{serving.host}:{serving.port}")
-    port, mode = running
+    port, mode = found
     if port != serving.port:
         raise ServingError(
             f"Ray Serve runs on port {port} of this cluster, not on {serving.port}",
@@ -107,10 +107,12 @@ def environment(serving: Serving) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_PERIOD_S),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_HARD_STOP_AFTER_S),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(_HAPROXY_THREADS),
+        # Replicas count requests too; reading HAProxy's line for each costs a fifth on top.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     }
 
 
-def _running() -> tuple[int, Mode] | None:
+def running() -> tuple[int, Mode] | None:
     """Return port and mode of the Serve of this cluster, None where none runs."""
     import ray
 

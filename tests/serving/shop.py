@@ -48,7 +48,10 @@ def features() -> Features:
     return Features.model_validate(
         {
             "sources": {"visits": {"path": "visits.parquet", "available_at": "at"}},
-            "entities": {"shop": {"keys": {"shop": "int"}}, "customer": {"keys": {"customer": "string"}}},
+            "entities": {
+                "shop": {"keys": {"shop": "int"}},
+                "customer": {"keys": {"customer": "string"}},
+            },
             "views": {
                 "shop_day": {
                     "entity": "shop",
@@ -56,7 +59,10 @@ def features() -> Features:
                     "event_time": "at",
                     "every": "1h",
                     "windows": ["1d", "7d"],
-                    "aggregates": {"visits": {"by": "count"}, "mean": {"by": "mean", "of": "amount"}},
+                    "aggregates": {
+                        "visits": {"by": "count"},
+                        "mean": {"by": "mean", "of": "amount"},
+                    },
                     "ttl": "30d",
                 },
                 "customer_last": {
@@ -79,13 +85,19 @@ def features() -> Features:
                     },
                     "time": "at",
                     "request": {
-                        "function": "shop.facts",
+                        "function": "serving.shop.facts",
                         "numeric": ["amount", "hour"],
                         "categorical": ["coupon"],
                     },
                 }
             },
-            "labels": {"source": "visits", "id": "id", "time": "at", "label": "label", "known_at": "known_at"},
+            "labels": {
+                "source": "visits",
+                "id": "id",
+                "time": "at",
+                "label": "label",
+                "known_at": "known_at",
+            },
         }
     )
 
@@ -101,14 +113,17 @@ def fill_store(home: Home, project: str) -> None:
     store.flush()
 
 
-def write_package(folder: Path, seed: int, *, service: str = "buys") -> Path:
-    """Write a package with random weights: another seed, other scores."""
+def write_package(folder: Path, seed: int, *, extra: tuple[str, ...] = ()) -> Path:
+    """Write a package with random weights (another seed, other scores) that reads ``extra`` too."""
     import torch
 
     numeric, categorical = feature_columns(features(), "buys")
+    numeric += extra
     random = np.random.default_rng(seed)
     columns: dict[str, NDArray[Any]] = {n: random.normal(10, 5, 500) for n in numeric}
-    columns |= {n: random.choice(np.array(["none", "spring"], dtype=object), 500) for n in categorical}
+    columns |= {
+        n: random.choice(np.array(["none", "spring"], dtype=object), 500) for n in categorical
+    }
     encoder = Encoder.fit({n: columns[n] for n in numeric}, {n: columns[n] for n in categorical})
     torch.manual_seed(seed)
     arguments = {
@@ -121,7 +136,7 @@ def write_package(folder: Path, seed: int, *, service: str = "buys") -> Path:
     manifest = package.Manifest(
         model=model,
         encoder=encoder.spec,
-        service_name=service,
+        service_name="buys",
         service=features().services["buys"],
         label="label",
         time="at",

@@ -1,0 +1,52 @@
+"""Taking a project back to before its first day, so that history can be replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+
+from mlops_ray.errors import MlopsRayError
+from mlops_ray.orchestration.context import Context
+
+
+def rewind(context: Context, project: str) -> bool:
+    """Forget what a project has learnt of time: feature stores, prediction log, monitor, aliases.
+
+    A replay starts in the past, and stores that have seen its end would leak it. Registered versions,
+    runs and artifacts stay: what was done remains known. Returns whether there was anything to forget.
+    """
+    from mlops_ray.delivery.steps import CHAMPION, FIRST
+    from mlops_ray.loop.actor import stop
+    from mlops_ray.registry.registry import Registry
+
+    home = context.home
+    folders = [
+        home.offline(project),
+        home.online(project),
+        home.predictions(project),
+        home.monitor(project),
+    ]
+    known = [folder for folder in folders if folder.exists()]
+    if not known:
+        return False
+    _take_down(project)
+    with contextlib.suppress(MlopsRayError):
+        stop(project)
+    registry = Registry(home)
+    for alias in (CHAMPION, FIRST):
+        registry.remove_alias(project, alias)
+    for folder in known:
+        shutil.rmtree(folder)
+    context.reporter.event("rewind", removed=[folder.name for folder in known])
+    return True
+
+
+def _take_down(project: str) -> None:
+    """An endpoint would go on reading the store that is about to be removed."""
+    import ray
+
+    from mlops_ray.serving.deployment import remove
+
+    with contextlib.suppress(ValueError, MlopsRayError):
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        remove(project)

@@ -1,0 +1,279 @@
+"""The pipeline: incremental is backfill, online is offline, nothing lost and nothing doubled."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlops_ray.errors import FeatureStoreError, SchemaError
+from mlops_ray.features.columns import to_us
+from mlops_ray.features.offline import OfflineStore
+from mlops_ray.features.online import LmdbStore
+from mlops_ray.features.pipeline import FeaturePipeline
+from mlops_ray.features.training_set import join_view
+
+VIEWS = ("price", "shop_visits", "shelf_visits")
+
+
+def open_pipeline(root: Path, shop: SimpleNamespace, **options) -> FeaturePipeline:
+    return FeaturePipeline(
+        shop.features,
+        shop.tables,
+        OfflineStore(root / "offline", shop.features),
+        LmdbStore(root / "online", shop.features),
+        **options,
+    )
+
+
+def stored(root: Path, shop: SimpleNamespace) -> dict[str, pa.Table]:
+    """All offline rows in one fixed order."""
+    store = OfflineStore(root / "offline", shop.features)
+    tables = {}
+    for view in VIEWS:
+        table = store.read(view)
+        keys = [name for name in table.column_names if name in ("shop", "shelf")]
+        order = [(name, "ascending") for name in ("created_time", "event_time", *keys)]
+        tables[view] = table.sort_by(order).combine_chunks()
+    return tables
+
+
+def same_bits(first: dict[str, pa.Table], second: dict[str, pa.Table]) -> bool:
+    def bits(table: pa.Table) -> list:
+        columns = []
+        for field, column in zip(table.schema, table.columns, strict=True):
+            if pa.types.is_floating(field.type):
+                columns.append(column.is_null().to_pylist())
+                column = pa.array(column.fill_null(0.0).to_numpy().view(np.int64))
+            columns.append(column.to_pylist())
+        return columns
+
+    return all(bits(first[view]) == bits(second[view]) for view in VIEWS)
+
+
+@pytest.fixture(scope="module")
+def backfilled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
+    """The offline rows of one advance over everything."""
+    cache: dict[str, dict[str, pa.Table]] = {}
+
+    def build(shop: SimpleNamespace) -> dict[str, pa.Table]:
+        if not cache:
+            root = tmp_path_factory.mktemp("backfill")
+            open_pipeline(root, shop).advance(shop.hour(120))
+            cache["rows"] = stored(root, shop)
+        return cache["rows"]
+
+    return build
+
+
+def test_backfill_writes_every_view(shop: SimpleNamespace, backfilled) -> None:
+    rows = backfilled(shop)
+    assert all(rows[view].num_rows > 50 for view in VIEWS)
+    assert rows["shop_visits"]["shop"].null_count == 0
+    assert set(rows["shop_visits"]["shop"].to_pylist()) == {"north", "süd", "ost", "west"}
+    for view in VIEWS:
+        created = rows[view]["created_time"].cast(pa.int64()).to_numpy()
+        assert (created >= rows[view]["event_time"].cast(pa.int64()).to_numpy()).all()
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.tuples(st.floats(-3, 120), st.sampled_from(["commit", "keep", "crash"])), max_size=12
+    )
+)
+def test_any_way_of_advancing_and_crashing_gives_the_bits_of_the_backfill(
+    tmp_path_factory: pytest.TempPathFactory, shop: SimpleNamespace, backfilled, stops: list
+) -> None:
+    root = tmp_path_factory.mktemp("incremental")
+    pipeline = open_pipeline(root, shop)
+    for hour, then in sorted(stops):
+        pipeline.advance(shop.hour(hour), commit=then == "commit")
+        if then == "crash":
+            pipeline = open_pipeline(root, shop)
+    pipeline.advance(shop.hour(120))
+    assert same_bits(stored(root, shop), backfilled(shop))
+
+
+def test_rows_that_were_not_committed_are_computed_again(
+    tmp_path: Path, shop: SimpleNamespace
+) -> None:
+    first = open_pipeline(tmp_path, shop)
+    first.advance(shop.hour(40))
+    committed = stored(tmp_path, shop)
+    lost = first.advance(shop.hour(60), commit=False)
+    assert lost > 0
+    assert same_bits(stored(tmp_path, shop), committed)
+    second = open_pipeline(tmp_path, shop)
+    assert second.advance(shop.hour(60)) == lost
+    after = stored(tmp_path, shop)
+    assert sum(t.num_rows for t in after.values()) == lost + sum(
+        t.num_rows for t in committed.values()
+    )
+
+
+def test_two_pipelines_over_one_store_write_each_row_once(
+    tmp_path: Path, shop: SimpleNamespace, backfilled
+) -> None:
+    first, second = open_pipeline(tmp_path, shop), open_pipeline(tmp_path, shop)
+    first.advance(shop.hour(30), commit=False)
+    second.advance(shop.hour(50))
+    first.commit()
+    first.advance(shop.hour(90))
+    second.advance(shop.hour(120))
+    assert same_bits(stored(tmp_path, shop), backfilled(shop))
+
+
+def test_advancing_to_the_same_moment_again_changes_nothing(
+    tmp_path: Path, shop: SimpleNamespace
+) -> None:
+    pipeline = open_pipeline(tmp_path, shop)
+    pipeline.advance(shop.hour(50))
+    versions = pipeline.versions
+    assert pipeline.advance(shop.hour(50)) == 0
+    assert pipeline.advance(shop.hour(20)) == 0
+    assert pipeline.versions == versions
+    again = open_pipeline(tmp_path, shop)
+    assert again.versions == versions
+    assert again.advance(shop.hour(50)) == 0
+
+
+def test_a_boundary_is_emitted_only_once_it_is_reached(
+    tmp_path: Path, shop: SimpleNamespace
+) -> None:
+    seen = pa.array([shop.hour(0.5), shop.hour(0.9)])
+    table = shop.visits(2)
+    for name in ("seen_at", "entered_at", "at"):
+        table = table.set_column(
+            table.column_names.index(name), name, seen.cast(pa.timestamp("us", "UTC"))
+        )
+    table = table.set_column(table.column_names.index("shop"), "shop", pa.array(["north", "north"]))
+    shop.tables["visits"] = table
+    pipeline = open_pipeline(tmp_path, shop)
+    pipeline.advance(shop.hour(0.99))
+    assert stored(tmp_path, shop)["shop_visits"].num_rows == 0
+    pipeline.advance(shop.hour(1))
+    row = stored(tmp_path, shop)["shop_visits"].to_pylist()
+    assert [r["event_time"] for r in row] == [shop.hour(1)]
+    assert row[0]["visits_3h"] == 2
+
+
+def test_online_is_offline_at_every_instant(tmp_path: Path, shop: SimpleNamespace) -> None:
+    pipeline = open_pipeline(tmp_path, shop)
+    online = LmdbStore(tmp_path / "online", shop.features, readonly=True)
+    offline = OfflineStore(tmp_path / "offline", shop.features)
+    asked = pa.table(
+        {
+            "shop": ["north", "süd", "ost", "west", "nowhere", None] * 3,
+            "shelf": pa.array(np.repeat([1, 2, 9], 6)),
+        }
+    )
+    shops, shelves = np.array(asked["shop"].to_pylist(), object), asked["shelf"].to_numpy()
+    keys = {"price": [shops, shelves], "shop_visits": [shops], "shelf_visits": [shops, shelves]}
+    found = 0
+    for hour in (2, 7.5, 13, 29, 61, 100, 140):
+        pipeline.advance(shop.hour(hour))
+        moments = np.full(len(shops), to_us(shop.hour(hour)))
+        now = pa.array(moments).cast(pa.timestamp("us", tz="UTC"))
+        for view in VIEWS:
+            matrix, status = online.read_matrix(view, keys[view], moments)
+            columns = join_view(
+                shop.features, view, asked.append_column("now", now), "now", offline
+            )
+            theirs = np.column_stack([c.to_numpy(zero_copy_only=False) for c in columns.values()])
+            np.testing.assert_array_equal(matrix, theirs.astype(float))
+            nulls = np.column_stack([c.is_null().to_numpy(False) for c in columns.values()])
+            np.testing.assert_array_equal(status != 0, nulls)
+            found += int((status == 0).sum())
+    assert found > 300
+
+
+def test_a_lost_online_store_is_filled_from_the_offline_one(
+    tmp_path: Path, shop: SimpleNamespace
+) -> None:
+    open_pipeline(tmp_path, shop).advance(shop.hour(70))
+    shutil.copytree(tmp_path / "offline", tmp_path / "copy" / "offline")
+    open_pipeline(tmp_path / "copy", shop)
+    moments = np.full(4, to_us(shop.hour(70)))
+    keys = [np.array(["north", "süd", "ost", "west"], object)]
+    ours = LmdbStore(tmp_path / "online", shop.features).read_matrix("shop_visits", keys, moments)
+    theirs = LmdbStore(tmp_path / "copy" / "online", shop.features).read_matrix(
+        "shop_visits", keys, moments
+    )
+    assert (ours[1] == 0).any()
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+def test_of_equal_source_rows_the_last_stays(tmp_path: Path, shop: SimpleNamespace) -> None:
+    moment = [shop.hour(1)] * 3
+    shop.tables["prices"] = pa.table(
+        {
+            "shop": ["north"] * 3,
+            "shelf": [1] * 3,
+            "valid_from": moment,
+            "known_at": moment,
+            "price": [1.0, 2.0, 3.0],
+            "stock": [1, 2, 3],
+        }
+    )
+    open_pipeline(tmp_path, shop).advance(shop.hour(5))
+    assert stored(tmp_path, shop)["price"]["price"].to_pylist() == [3.0]
+    store = LmdbStore(tmp_path / "online", shop.features)
+    key = [np.array(["north"], object), np.array([1])]
+    assert store.read_matrix("price", key, np.array([to_us(shop.hour(5))]))[0][0, 0] == 3.0
+
+
+def test_a_failed_advance_leaves_the_online_store_as_it_was(
+    tmp_path: Path, shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = open_pipeline(tmp_path, shop)
+    write = LmdbStore.write
+
+    def fail_at_last_view(self, view: str, *rest: Iterable) -> int:
+        if view == "shelf_visits":
+            raise OSError("no space left")
+        return write(self, view, *rest)
+
+    monkeypatch.setattr(LmdbStore, "write", fail_at_last_view)
+    with pytest.raises(OSError, match="no space"):
+        pipeline.advance(shop.hour(50))
+    online = LmdbStore(tmp_path / "online", shop.features)
+    assert [online.watermark(view) for view in VIEWS] == [None] * 3
+
+
+def test_newest_is_the_last_arrival(tmp_path: Path, shop: SimpleNamespace) -> None:
+    newest = open_pipeline(tmp_path, shop).newest
+    seen: list[datetime] = shop.tables["visits"]["seen_at"].to_pylist()
+    known = shop.tables["prices"].select(["valid_from", "known_at"]).to_pylist()
+    assert newest == max([*seen, *(max(row.values()) for row in known)])
+
+
+def test_a_missing_table_and_a_missing_column_are_named(
+    tmp_path: Path, shop: SimpleNamespace
+) -> None:
+    tables = dict(shop.tables)
+    shop.tables = {"visits": tables["visits"]}
+    with pytest.raises(FeatureStoreError, match="table of source 'prices' is not given"):
+        open_pipeline(tmp_path, shop)
+    shop.tables = tables | {
+        "prices": tables["prices"].rename_columns(
+            ["shop", "shelf", "valid_from", "known_at", "prize", "stock"]
+        )
+    }
+    with pytest.raises(SchemaError, match=r"no column 'price'[\s\S]*did you mean 'prize'"):
+        open_pipeline(tmp_path, shop)
+    words = pa.array(["dear"] * tables["prices"].num_rows)
+    shop.tables = tables | {"prices": tables["prices"].set_column(4, "price", words)}
+    with pytest.raises(SchemaError, match="'price' has the wrong type: expected a number"):
+        open_pipeline(tmp_path, shop)

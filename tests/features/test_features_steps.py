@@ -1,0 +1,107 @@
+"""The steps from raw files to a training set, as a workflow calls them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from mlops_ray.errors import ExpectationError, FeatureStoreError
+from mlops_ray.features import steps
+from mlops_ray.metadata.home import Home
+from mlops_ray.metadata.types import FeatureVersions
+from mlops_ray.orchestration.context import Context, Silent
+
+pytestmark = pytest.mark.usefixtures("shop_project")
+
+
+class Recorder(Silent):
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.metrics: dict[str, float] = {}
+
+    def event(self, kind: str, **data: Any) -> None:
+        self.events.append((kind, data))
+
+    def metric(self, name: str, value: float) -> None:
+        self.metrics[name] = value
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def context(home: Home, recorder: Recorder) -> Context:
+    return Context(project="shop", home=home, reporter=recorder)
+
+
+@pytest.fixture
+def files(tmp_path: Path, shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, table in shop.tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("files")
+def test_from_files_to_a_training_set(
+    context: Context, recorder: Recorder, shop: SimpleNamespace
+) -> None:
+    tables = {}
+    for source in shop.features.sources:
+        raw = steps.extract(context, shop.features, source)
+        assert raw.num_rows == shop.tables[source].num_rows
+        tables[source] = steps.clean(context, shop.features, source, raw)
+    versions = steps.materialize(context, shop.features, tables, shop.hour(60))
+    assert isinstance(versions, FeatureVersions)
+    assert versions.until == shop.hour(60)
+    assert versions.rows_written == recorder.metrics["rows_written"] > 100
+    assert set(versions.versions) == set(shop.features.views)
+    result = steps.training_set(
+        context, shop.features, "buys", tables["visits"], versions, shop.hour(60)
+    )
+    assert result.num_rows > 100
+    assert recorder.metrics["rows_without_label"] == tables["visits"]["bought"].null_count
+    again = steps.materialize(context, shop.features, tables, shop.hour(60))
+    assert again.versions == versions.versions
+    assert again.rows_written == 0
+    everything = steps.materialize(context, shop.features, tables, None)
+    assert everything.rows_written > 0
+    same = steps.training_set(
+        context, shop.features, "buys", tables["visits"], versions, shop.hour(60)
+    )
+    assert same.equals(result)
+
+
+def test_expectations_are_recorded_even_when_they_fail(
+    context: Context, recorder: Recorder, shop: SimpleNamespace
+) -> None:
+    expectations = [
+        {"column": "spent", "nulls": 0.0},
+        {"column": "shelf", "minimum": 1, "maximum": 3},
+    ]
+    visits = {"path": "x", "available_at": "seen_at", "expectations": expectations}
+    prices = {"path": "y", "available_at": "known_at"}
+    features = shop.declare(sources={"visits": visits, "prices": prices})
+    with pytest.raises(ExpectationError, match="spent"):
+        steps.clean(context, features, "visits", shop.tables["visits"])
+    assert [(kind, e["column"], e["passed"]) for kind, e in recorder.events] == [
+        ("expectation", "spent", False),
+        ("expectation", "shelf", True),
+        ("expectation", "shelf", True),
+    ]
+
+
+def test_a_source_that_is_not_there(context: Context, shop: SimpleNamespace) -> None:
+    with pytest.raises(FeatureStoreError, match="no source 'visit'"):
+        steps.extract(context, shop.features, "visit")
+
+
+def test_sources_without_any_row(context: Context, shop: SimpleNamespace) -> None:
+    empty = {name: table.slice(0, 0) for name, table in shop.tables.items()}
+    with pytest.raises(FeatureStoreError, match="no source has a row"):
+        steps.materialize(context, shop.features, empty, None)
