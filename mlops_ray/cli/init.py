@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import keyword
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def init(name: str, directory: Path | None, package: str | None) -> None:
     click.secho("ok: ", fg="green", nl=False)
     click.echo(f"made the project {name} in {directory}. Next:")
     steps = ("mlops-ray check", "mlops-ray run workflow=train")
-    for command in (f"cd {click.format_filename(directory)}", *steps):
+    for command in (f"cd {shlex.quote(str(directory))}", *steps):
         click.echo(f"  {command}")
     click.echo(f"Then {directory / 'README.md'} says what to change to make it yours.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
@@ -54,6 +55,16 @@ class Verbs(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb; where there is none of that name, say which was meant."""
+        if args and args[0] not in self.verbs and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.verbs, n=1)
+            meant = f"Did you mean {close[0]}?" if close else f"Verbs: {', '.join(self.verbs)}."
+            ctx.fail(f"there is no verb {args[0]!r}. {meant}")
+        return super().resolve_command(ctx, args)
+
 
 @click.command(cls=Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlops-ray")
@@ -78,9 +89,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         code: Any = cli(standalone_mode=False, prog_name="mlops-ray")
-    except click.exceptions.Abort:
-        sys.exit(_INTERRUPTED)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        # click turns Ctrl-C into Abort.
         click.echo("\ninterrupted; the same command goes on from the finished steps", err=True)
         sys.exit(_INTERRUPTED)
     except click.ClickException as error:

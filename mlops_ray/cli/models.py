@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from mlops_ray.config.locate import default_home
+from mlops_ray.errors import RegistryError
 from mlops_ray.metadata.home import Home
+
+if TYPE_CHECKING:
+    from mlops_ray.registry.registry import Registry
 
 
 @click.group(short_help="List registered models; show a version's lineage.")
@@ -23,10 +27,10 @@ def models() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_versions(name: str, as_json: bool) -> None:
     """List the versions of model NAME, with their aliases and metrics."""
-    from mlops_ray.registry.registry import Registry
-
-    registry = Registry(Home(default_home()))
+    registry = _registry()
     described = [registry.describe(f"{name}@{v.version}") for v in registry.versions(name)]
+    if not described:
+        raise RegistryError(f"there is no model {name!r}", fix="run the train workflow first")
     if as_json:
         click.echo(json.dumps(described, default=str, indent=2))
         return
@@ -34,14 +38,14 @@ def list_versions(name: str, as_json: bool) -> None:
     for column in ("version", "aliases", "auc", "log loss", "commit", "run"):
         table.add_column(column)
     for item in described:
-        metrics, lineage = item.get("metrics", {}), item.get("lineage", {})
+        report, lineage = item["report"], item["lineage"]
         table.add_row(
             f"{name}@{item['version']}",
             ", ".join(item.get("aliases", [])),
-            _number(metrics.get("auc")),
-            _number(metrics.get("log_loss")),
-            str(lineage.get("commit", ""))[:10],
-            str(lineage.get("run_id", "")),
+            _number(report["auc"]),
+            _number(report["log_loss"]),
+            str(lineage.get("code_commit") or "")[:10],
+            str(lineage.get("parent_run") or ""),
         )
     Console().print(table)
 
@@ -54,9 +58,7 @@ def show(reference: str, as_json: bool) -> None:
 
     NAME@VERSION is for example flights@3 or flights@champion.
     """
-    from mlops_ray.registry.registry import Registry
-
-    described = Registry(Home(default_home())).describe(reference)
+    described = _registry().describe(reference)
     if as_json:
         click.echo(json.dumps(described, default=str, indent=2))
         return
@@ -66,6 +68,20 @@ def show(reference: str, as_json: bool) -> None:
     for path, value in _flat(described):
         table.add_row(path, value)
     Console().print(table)
+
+
+def _registry() -> Registry:
+    """Open the registry of this folder's home, without making one where there is none."""
+    home = Home(default_home())
+    if not (home.root / "mlflow.db").is_file():
+        raise RegistryError(
+            "nothing is registered here yet",
+            where=str(home.root),
+            fix="run the train workflow first, go to the project's folder, or set MLOPS_RAY_HOME",
+        )
+    from mlops_ray.registry.registry import Registry
+
+    return Registry(home)
 
 
 def _number(value: Any) -> str:

@@ -30,14 +30,12 @@ def status(run_id: str | None, project: str | None, limit: int, as_json: bool) -
 
     home = Home(default_home())
     if not (home.root / "ledger.db").is_file():
-        raise MlopsRayError(
-            "nothing has run here yet",
-            where=str(home.root),
-            fix="run a workflow first, go to the project's folder, or set MLOPS_RAY_HOME",
-        )
+        raise _nothing(home)
     ledger = Ledger(home.ledger_url)
     if run_id is None:
         runs = ledger.runs(project=project, limit=limit)
+        if not runs and project is None:
+            raise _nothing(home)
         if as_json:
             click.echo("[" + ",\n".join(run.model_dump_json() for run in runs) + "]")
             return
@@ -54,6 +52,14 @@ def status(run_id: str | None, project: str | None, limit: int, as_json: bool) -
     for event in ledger.events(run_id=run_id):
         if not event.kind.startswith("step_"):
             click.echo(f"{event.at:%Y-%m-%d %H:%M:%S} {event.kind} {event.step or ''} {event.data}")
+
+
+def _nothing(home: Home) -> MlopsRayError:
+    return MlopsRayError(
+        "nothing has run here yet",
+        where=str(home.root),
+        fix="run a workflow first, go to the project's folder, or set MLOPS_RAY_HOME",
+    )
 
 
 def _runs_table(runs: list[RunRecord]) -> Table:

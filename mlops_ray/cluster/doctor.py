@@ -86,6 +86,14 @@ def _read_lock(lock: Path) -> dict[str, str]:
 
 
 def _token() -> Iterator[Finding]:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode not in (None, "token"):
+        yield Finding(
+            "token",
+            "problem",
+            f"RAY_AUTH_MODE={mode} turns token authentication off here",
+            "unset RAY_AUTH_MODE, or set it to token, in every shell that talks to the cluster",
+        )
     if os.environ.get("RAY_AUTH_TOKEN"):
         yield Finding("token", "ok", "taken from RAY_AUTH_TOKEN")
         return
@@ -102,14 +110,6 @@ def _token() -> Iterator[Finding]:
         yield Finding("token", "warning", f"{path} is readable by others", f"chmod 600 {path}")
     else:
         yield Finding("token", "ok", str(path))
-    mode = os.environ.get("RAY_AUTH_MODE")
-    if mode not in (None, "token"):
-        yield Finding(
-            "token",
-            "problem",
-            f"RAY_AUTH_MODE={mode} turns token authentication off here",
-            "unset RAY_AUTH_MODE, or set it to token, in every shell that talks to the cluster",
-        )
 
 
 def _ports(dashboard_port: int, serve_port: int) -> Iterator[Finding]:

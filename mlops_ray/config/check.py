@@ -43,6 +43,7 @@ def load_project(workspace: Workspace, overrides: list[str]) -> Project:
         problems += _schema_problems(error, composed)
     if project is not None:
         problems += _call_problems(project, composed)
+        problems += _reference_problems(project, composed)
     if problems:
         raise ConfigError(sorted(problems, key=lambda problem: (problem.file, problem.line or 0)))
     assert project is not None
@@ -161,6 +162,16 @@ def _call_problems(project: Project, composed: Composed) -> Iterator[Problem]:
         for name in sorted(signature.required - set(given) - implied):
             file, line = composed.origin(path)
             yield Problem(path, f"{target} needs {name!r}.", file, line)
+
+
+def _reference_problems(project: Project, composed: Composed) -> Iterator[Problem]:
+    """Check the names by which one section refers to another."""
+    name, known = project.training.service, project.features.services
+    if name not in known:
+        path = "training.service"
+        file, line = composed.origin(path)
+        hint = _did_you_mean(name, known) or f"There are: {', '.join(known)}."
+        yield Problem(path, f"there is no feature service {name!r}.", file, line, hint)
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

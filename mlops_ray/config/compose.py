@@ -55,7 +55,7 @@ def compose(workspace: Workspace, overrides: list[str]) -> Composed:
     """
     loader = _loader(workspace)
     parsed = _parse(overrides)
-    parsed = _with_only_project(loader, parsed)
+    parsed = _with_only_project(loader, parsed, workspace.directory)
     lines = [_lenient(loader, override) for override in parsed]
     try:
         config = loader.load_configuration(_PRIMARY, lines, RunMode.RUN, from_shell=True)
@@ -95,19 +95,34 @@ def _loader(workspace: Workspace) -> ConfigLoaderImpl:
 
 
 def _parse(overrides: list[str]) -> list[Override]:
-    try:
-        return list(OverridesParser.create().parse_overrides(overrides))
-    except HydraException as error:
-        text = str(error).strip()
-        problem = Problem("overrides", text, COMMAND_LINE, hint="Write key=value.")
-        raise ConfigError([problem]) from error
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException:
+            hint = "Write key=value; quote values that hold spaces, commas or brackets."
+            problems.append(
+                Problem(text, "cannot be read as an override.", COMMAND_LINE, hint=hint)
+            )
+    if problems:
+        raise ConfigError(problems)
+    return parsed
 
 
-def _with_only_project(loader: ConfigLoaderImpl, overrides: list[Override]) -> list[Override]:
+def _with_only_project(
+    loader: ConfigLoaderImpl, overrides: list[Override], directory: Path
+) -> list[Override]:
     """Choose the project when there is but one."""
+    options = loader.get_group_options("project")
+    if not options:
+        hint = "Make one with `mlops-ray init NAME`, or go to a project's folder with -C DIR."
+        raise ConfigError(
+            [Problem("project", "there is no configs/project/*.yaml.", str(directory), hint=hint)]
+        )
     if any(override.key_or_group == "project" for override in overrides):
         return overrides
-    options = loader.get_group_options("project")
     return overrides if len(options) != 1 else _parse([f"project={options[0]}"]) + overrides
 
 
@@ -186,7 +201,9 @@ def _walk(
 def _hydra_problem(error: HydraException, loader: ConfigLoaderImpl) -> Problem:
     """Say what Hydra says, shorter, with the options that were meant."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = " ".join(lines[:4]) or str(error.__cause__ or type(error).__name__)
+    message = " ".join(lines[:4]).replace("'++", "'") or str(
+        error.__cause__ or type(error).__name__
+    )
     missing = getattr(error, "missing_cfg_file", None)
     hint = ""
     if isinstance(missing, str) and "/" in missing:

@@ -292,15 +292,28 @@ class _Environment:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._writable = False
+        self._file: tuple[int, int] | None = None
         self.lmdb: Any = None
 
     def open(self, readonly: bool) -> None:
-        if self.lmdb is not None and (readonly or self._writable):
+        """Open it, or open it anew where the folder was removed and made again."""
+        current = self.lmdb is not None and self._file == _file_identity(self._path)
+        if current and (readonly or self._writable):
             return
         if self.lmdb is not None:
             self.lmdb.close()
+            self.lmdb = None
         self.lmdb = _open(self._path, readonly)
+        self._file = _file_identity(self._path)
         self._writable = not readonly
+
+
+def _file_identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = (path / "data.mdb").stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 # LMDB forbids a process to open one folder twice, so its stores of one folder share an environment.

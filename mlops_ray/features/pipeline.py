@@ -23,7 +23,7 @@ from mlops_ray.features.streams import (
     table_of,
 )
 
-RAY_ROWS = 50_000
+RAY_ROWS = 10_000
 _ONE_BY_ONE = 256
 
 

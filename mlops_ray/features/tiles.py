@@ -10,6 +10,7 @@ never change: a row that becomes known late makes a new one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,7 +256,8 @@ def _newest(rows: Rows, starts: Ints, of: int) -> dict[str, Array]:
 
 
 def _with_end(values: Array, part: str) -> Array:
-    return np.append(values, np.asarray(IDENTITY[part], values.dtype))
+    ended: Any = np.append(values, np.asarray(IDENTITY[part], values.dtype))
+    return ended
 
 
 def cell_key(entity: Ints, tile: Ints) -> Ints:

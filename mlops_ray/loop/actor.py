@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from mlops_ray.errors import MlopsRayError, MonitoringError
 from mlops_ray.loop.clock import WallClock
-from mlops_ray.loop.controller import Controller, ControllerSpec
+from mlops_ray.loop.controller import Controller, ControllerSpec, World
 from mlops_ray.loop.jobs import RayJobs
 from mlops_ray.loop.state import StateStore
 from mlops_ray.loop.world import ServeWorld
@@ -28,6 +28,7 @@ _PATIENCE_S = 60.0
 _THREADS = 16
 
 Result = TypeVar("Result")
+WorldFactory = Callable[[ControllerSpec], World]
 
 
 class ControllerActor:
@@ -36,11 +37,11 @@ class ControllerActor:
     It runs with several threads: while a tick waits for the replicas to report, they can.
     """
 
-    def __init__(self, spec: ControllerSpec) -> None:
+    def __init__(self, spec: ControllerSpec, world: WorldFactory = ServeWorld) -> None:
         home = Home(Path(spec.home))
         store = StateStore(home.monitor(spec.project))
         self._clock = WallClock()
-        self._controller = Controller(spec, store, RayJobs(), ServeWorld(spec))
+        self._controller = Controller(spec, store, RayJobs(), world(spec))
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def configure(self, spec: ControllerSpec) -> None:
@@ -102,8 +103,11 @@ class ControllerActor:
                 logger.exception("unexpected error in the monitor; it will try again")
 
 
-def ensure(spec: ControllerSpec) -> Any:
-    """Return the project's running controller actor, started or reconfigured as ``spec`` says."""
+def ensure(spec: ControllerSpec, world: WorldFactory = ServeWorld) -> Any:
+    """Return the project's running controller actor, started or reconfigured as ``spec`` says.
+
+    ``world`` makes what a new one reaches outside of itself.
+    """
     import ray
 
     made: Any = ray.remote(ControllerActor)
@@ -116,7 +120,7 @@ def ensure(spec: ControllerSpec) -> Any:
         max_concurrency=_THREADS,
         num_cpus=0,
     )
-    handle = actor.remote(spec)
+    handle = actor.remote(spec, world)
     ray.get(handle.configure.remote(spec))
     return handle
 

@@ -64,7 +64,10 @@ def line_chart(
     frame = _Frame(
         44, 34, WIDTH - 64, height - 28, (start.timestamp(), end.timestamp()), (ticks[0], ticks[-1])
     )
-    parts = [_rule(frame, tick, f"{tick:.2f}") for tick in ticks]
+    digits = max(2, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    if any(abs(round(tick, digits) - tick) > 1e-9 for tick in ticks):
+        digits += 1
+    parts = [_rule(frame, tick, f"{tick:.{digits}f}") for tick in ticks]
     parts += [_month(frame, at, height) for at in _months(start, end)]
     parts += [_mark(frame, mark) for mark in marks]
     parts += [_line(frame, line) for line in lines]
@@ -79,7 +82,7 @@ def heatmap(
     threshold: float,
     label: str,
 ) -> str:
-    """Return a heatmap [rows][columns]; cells of ``threshold`` or more have an outline."""
+    """Return a heatmap [rows][columns]; cells of ``threshold`` or more have a colour of their own."""
     if not rows or not columns:
         return _nothing()
     row_height, left, top = 15, 196, 8
@@ -188,8 +191,9 @@ def _heat_row(
     for c, (at, value) in enumerate(zip(columns, values, strict=True)):
         if value is None:
             continue
-        opacity = 0.04 + 0.96 * min(value / _HEAT_FULL, 1)
-        style = "heat over" if value >= threshold else "heat"
+        over = value >= threshold
+        opacity = 0.3 + 0.7 * min(value / _HEAT_FULL, 1) if over else 0.06 + 0.5 * value / threshold
+        style = "heat over" if over else "heat"
         yield (
             f'<rect class="{style}" x="{left + c * cell:.1f}" y="{y}" width="{cell - 1:.1f}" '
             f'height="{row_height - 1}" fill-opacity="{opacity:.2f}">'

@@ -155,8 +155,9 @@ def _drift(drift: Document, threshold: float) -> str:
     return _section(
         "Drift",
         "Population stability index of each feature against the training data of the version in "
-        f"service, the highest of each week; outlined from {threshold:g} on, full colour from 0.5 "
-        f"on. It starts anew with each promoted version.{hidden}",
+        f"service, the highest of each week. It starts anew with each promoted version.{hidden}",
+        f'<div class="legend"><span class="under"><i></i>below {threshold:g}</span>'
+        f'<span class="over"><i></i>{threshold:g}, a drift, to 0.5 and more</span></div>'
         f'<div class="wide">{chart}</div>',
     )
 
@@ -197,7 +198,7 @@ def _triggers(triggers: Sequence[Document]) -> str:
         [
             str(trigger["number"]),
             _day(trigger["at"]),
-            f"{escape(trigger['reason'])}{_evidence(trigger['evidence'])}",
+            f'<div class="why">{escape(trigger["reason"])}{_evidence(trigger["evidence"])}</div>',
             _outcome(trigger),
             _duration(trigger["wall_s"]),
         ]
@@ -300,7 +301,10 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numeric_from: in
 
 
 def _points(weeks: Sequence[Document], name: str, end: datetime) -> list[tuple[datetime, float]]:
-    middle = [(_moment(week["period"]) + _WEEK / 2, week[name]) for week in weeks]
+    """Return the middle of each week with its value; a stump of a week at an end says little."""
+    most = max((week["rows"] for week in weeks), default=0)
+    full = [week for week in weeks if week["rows"] >= most / 3]
+    middle = [(_moment(week["period"]) + _WEEK / 2, week[name]) for week in full]
     return [(min(at, end), value) for at, value in middle if value is not None]
 
 
@@ -334,7 +338,8 @@ def _milliseconds(value: float | None) -> str:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return _DASH
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes}:{rest:02} min"
 
 
 def _day(moment: str | None) -> str:

@@ -1,8 +1,9 @@
-"""What a replay has measured so far, on disk: one part per virtual day, and a cursor.
+"""What a replay has measured so far, on disk: parts by virtual time, and a cursor.
 
-cursor.json           up to where the replay is done; everything after it is done again
-rows-DAY.arrow        id, time, version, score, shadow_<alias>, label, known_at
-requests-DAY.arrow    time, rows, latency_ms, error, kind
+cursor.json             up to where the replay is done; everything after it is done again
+rows-SINCE.arrow        id, time, version, score, shadow_<alias>, label, known_at
+requests-SINCE.arrow    time, rows, latency_ms, error, kind
+history.json            what the controller measured and did; written at the end
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from mlops_ray.errors import MlopsRayError
 from mlops_ray.loop.clock import VirtualClock
 from mlops_ray.loop.controller import deadline
 from mlops_ray.loop.recording import (
-    ROW,
     Answers,
     Cursor,
     Kind,

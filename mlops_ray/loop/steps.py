@@ -39,7 +39,7 @@ def replay(
     project: str,
     features: Features,
     service: str,
-    tables: dict[str, pa.Table],
+    tables: Path,
     endpoint: Endpoint,
     replay: Replay,
     monitoring: Monitoring,
@@ -56,24 +56,25 @@ def replay(
         project: Name of project and endpoint.
         features: The declarations; the label source's table is what is replayed.
         service: The feature service whose inputs make up a request.
-        tables: The cleaned rows of each source, by its name.
+        tables: The folder with the cleaned rows of each source.
         endpoint: Where to send them.
         replay: Period, step and concurrency.
         monitoring: What the controller watches.
         loop: When it retrains.
     """
     from mlops_ray.features.steps import open_pipeline
+    from mlops_ray.features.tables import read_tables
     from mlops_ray.loop.actor import RemoteMonitor, ensure
     from mlops_ray.loop.replay import Replayer
     from mlops_ray.loop.traffic import Traffic
     from mlops_ray.serving.client import AsyncClient
 
-    labels = features.labels
+    labels, found = features.labels, read_tables(tables)
     inputs = tuple(features.services[service].inputs)
-    traffic = Traffic(_table(tables, labels.source), inputs, labels, replay.start, replay.end)
+    traffic = Traffic(_table(found, labels.source), inputs, labels, replay.start, replay.end)
     spec = _spec(context, project, endpoint, monitoring, loop, virtual=True)
     handle = ensure(spec)
-    pipeline = open_pipeline(context, features, tables)
+    pipeline = open_pipeline(context, features, found)
 
     async def run() -> ReplayResult:
         async with AsyncClient(endpoint, connections=replay.concurrency + 1) as client:

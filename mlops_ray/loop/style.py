@@ -28,7 +28,7 @@ header p { margin: 0 0 20px; max-width: 64ch; }
 }
 .tile { padding: 12px 14px; display: flex; flex-direction: column; }
 .tile span, .tile i { font-size: 13px; font-style: normal; color: var(--quiet); }
-.tile b { font-size: 24px; font-weight: 650; line-height: 1.3; white-space: nowrap; }
+.tile b { font-size: 22px; font-weight: 650; line-height: 1.3; white-space: nowrap; }
 .tile.loop b { color: var(--loop); }
 .tile.bad b { color: var(--bad); }
 section { padding: 18px 18px 16px; margin-top: 14px; }
@@ -51,12 +51,20 @@ svg .ideal { stroke: var(--quiet); stroke-dasharray: 4 4; }
 svg .mark line { stroke: var(--text); stroke-opacity: .45; }
 svg .mark.rejected line { stroke-dasharray: 3 4; }
 svg .mark text { font-size: 11px; font-weight: 600; }
-svg .heat { fill: var(--heat); }
-svg .heat.over { stroke: var(--text); stroke-opacity: .55; stroke-width: .8; }
+svg .heat { fill: var(--static); }
+svg .heat.over { fill: var(--heat); }
+.legend { display: flex; gap: 6px 16px; flex-wrap: wrap; margin: 0 0 10px; font-size: 13px; }
+.legend i { display: inline-block; width: 26px; height: 11px; margin-right: 6px; }
+.legend .under i { background: linear-gradient(90deg, transparent, var(--static)); }
+.legend .over i {
+  background: linear-gradient(90deg, color-mix(in srgb, var(--heat) 40%, transparent), var(--heat));
+}
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { padding: 6px 10px 6px 0; text-align: left; vertical-align: top; }
 th { color: var(--quiet); font-weight: 500; white-space: nowrap; }
 tbody tr { border-top: 1px solid var(--rule); }
+td:first-child { white-space: nowrap; }
+.why { min-width: 240px; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .good { color: var(--good); }
 .bad { color: var(--bad); }

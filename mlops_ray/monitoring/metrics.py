@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ray.util.metrics import Gauge
+from typing import Any
 
 from mlops_ray.monitoring.measurement import Measurement
 
@@ -43,5 +43,7 @@ class MonitorMetrics:
         for outcome, total in totals.items():
             self._retrainings.set(total, self._project | {"outcome": outcome})
 
-    def _gauge(self, name: str, description: str, *tags: str) -> Gauge:
+    def _gauge(self, name: str, description: str, *tags: str) -> Any:
+        from ray.util.metrics import Gauge
+
         return Gauge(f"mlops_ray_{name}", description, tag_keys=("project", *tags))

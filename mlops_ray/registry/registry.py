@@ -65,6 +65,8 @@ class Registry:
         """
         self._check_name(model_name)
         content = packages.read(package)
+        # Connecting takes the lock too, which one process cannot hold twice.
+        tracking.connect(self._home)
         with tracking.locked(self._home):
             self._ensure_model(model_name)
             version = self._same(model_name, content.digest, lineage.get("parent_run"))

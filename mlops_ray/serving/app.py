@@ -71,6 +71,8 @@ def build(args: dict[str, Any]) -> Any:
         "ray_actor_options": {"num_cpus": serving.num_cpus, "num_gpus": serving.num_gpus},
         # With new code, the new replica is up before the old one goes.
         "max_surge_percent": 100,
+        # A package that cannot be loaded will not get better by trying.
+        "max_constructor_retry_count": 2,
         "graceful_shutdown_timeout_s": _DRAIN_TIMEOUT_S,
         "logging_config": {"enable_access_log": False},
         **_replicas(serving),

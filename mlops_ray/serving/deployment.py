@@ -19,6 +19,7 @@ from mlops_ray.serving import runtime
 from mlops_ray.serving.app import DEPLOYMENT, IMPORT_PATH, Settings
 from mlops_ray.serving.models import ModelSpec, ServedModels
 from mlops_ray.serving.placement import roots_of, runtime_environment
+from mlops_ray.serving.traces import root_cause
 
 READY_TIMEOUT_S = 180.0
 FLUSH_TIMEOUT_S = 30.0
@@ -265,9 +266,9 @@ def _wait(project: str, served: ServedModels, timeout_s: float) -> None:
 def _failed(project: str, state: Config) -> ServingError:
     messages = [state.get("message", "")]
     messages += [item.get("message", "") for item in state.get("deployments", {}).values()]
-    why = next((text for text in reversed(messages) if text), "")
+    text = next((text for text in reversed(messages) if text), "")
     return ServingError(
         f"the endpoint of {project} cannot be deployed",
-        why=why.strip()[-2000:],
-        fix="the last lines say what its process ran into",
+        why=root_cause(text),
+        fix="see serve/ among the logs of Ray's session for more",
     )

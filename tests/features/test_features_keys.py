@@ -26,6 +26,7 @@ def test_two_keys_have_equal_bytes_only_when_they_are_equal(first: list, second:
 
 def test_the_traps() -> None:
     assert encode_key(b"v", ["1", "11"]) != encode_key(b"v", ["11", "1"])
+    assert encode_key(b"v", ["as", "b"]) != encode_key(b"v", ["a", "sb"])
     assert encode_key(b"v", [1]) != encode_key(b"v", ["1"])
     assert encode_key(b"v", ["é"]) != encode_key(b"v", ["e\u0301"])
     assert encode_key(b"v", [""]) is not None

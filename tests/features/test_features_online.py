@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,20 @@ def test_the_watermark_never_moves_back(store: LmdbStore) -> None:
     for moment, expected in ((-5, -5), (7, 7), (3, 7)):
         store.move_watermark("price", moment)
         assert store.watermark("price") == expected
+
+
+def test_a_folder_that_was_removed_is_opened_anew(
+    store: LmdbStore, tmp_path: Path, shop: SimpleNamespace
+) -> None:
+    put(store, ("north", 1), 100, 100, [1.0, 2.0])
+    shutil.rmtree(tmp_path / "online")
+    with pytest.raises(FeatureStoreError, match="no online store yet"):
+        LmdbStore(tmp_path / "online", shop.features, readonly=True)
+    again = LmdbStore(tmp_path / "online", shop.features)
+    assert get(again, ("north", 1), 100)[1] == [NOT_FOUND, NOT_FOUND]
+    put(again, ("north", 1), 100, 100, [3.0, 4.0])
+    assert (tmp_path / "online" / "data.mdb").exists()
+    assert get(LmdbStore(tmp_path / "online", shop.features), ("north", 1), 100)[0] == [3.0, 4.0]
 
 
 def test_errors(store: LmdbStore, tmp_path: Path, shop: SimpleNamespace) -> None:

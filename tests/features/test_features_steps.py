@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from mlops_ray.errors import ExpectationError, FeatureStoreError
 from mlops_ray.features import steps
+from mlops_ray.features.tables import read_tables, write_tables
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import FeatureVersions
 from mlops_ray.orchestration.context import Context, Silent
@@ -51,34 +53,33 @@ def files(tmp_path: Path, shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 def test_from_files_to_a_training_set(
     context: Context, recorder: Recorder, shop: SimpleNamespace
 ) -> None:
-    tables = {}
-    for source in shop.features.sources:
-        raw = steps.extract(context, shop.features, source)
-        assert raw.num_rows == shop.tables[source].num_rows
-        tables[source] = steps.clean(context, shop.features, source, raw)
-    versions = steps.materialize(context, shop.features, tables, shop.hour(60))
+    raw = steps.extract(context, shop.features)
+    assert {n: t.num_rows for n, t in read_tables(raw).items()} == {
+        name: table.num_rows for name, table in shop.tables.items()
+    }
+    cleaned = steps.clean(replace(context, step="clean"), shop.features, raw)
+    visits = read_tables(cleaned)["visits"]
+    versions = steps.materialize(context, shop.features, cleaned, shop.hour(60))
     assert isinstance(versions, FeatureVersions)
     assert versions.until == shop.hour(60)
     assert versions.rows_written == recorder.metrics["rows_written"] > 100
     assert set(versions.versions) == set(shop.features.views)
-    result = steps.training_set(
-        context, shop.features, "buys", tables["visits"], versions, shop.hour(60)
-    )
+    result = steps.training_set(context, shop.features, "buys", cleaned, versions, shop.hour(60))
     assert result.num_rows > 100
-    assert recorder.metrics["rows_without_label"] == tables["visits"]["bought"].null_count
-    again = steps.materialize(context, shop.features, tables, shop.hour(60))
+    assert recorder.metrics["rows_without_label"] == visits["bought"].null_count
+    again = steps.materialize(context, shop.features, cleaned, shop.hour(60))
     assert again.versions == versions.versions
     assert again.rows_written == 0
-    everything = steps.materialize(context, shop.features, tables, None)
+    everything = steps.materialize(context, shop.features, cleaned, None)
     assert everything.rows_written > 0
-    same = steps.training_set(
-        context, shop.features, "buys", tables["visits"], versions, shop.hour(60)
-    )
+    idle = steps.materialize(context, shop.features, cleaned, shop.hour(70), advance=False)
+    assert idle.versions == everything.versions
+    same = steps.training_set(context, shop.features, "buys", cleaned, versions, shop.hour(60))
     assert same.equals(result)
 
 
 def test_expectations_are_recorded_even_when_they_fail(
-    context: Context, recorder: Recorder, shop: SimpleNamespace
+    context: Context, recorder: Recorder, shop: SimpleNamespace, tmp_path: Path
 ) -> None:
     expectations = [
         {"column": "spent", "nulls": 0.0},
@@ -87,8 +88,9 @@ def test_expectations_are_recorded_even_when_they_fail(
     visits = {"path": "x", "available_at": "seen_at", "expectations": expectations}
     prices = {"path": "y", "available_at": "known_at"}
     features = shop.declare(sources={"visits": visits, "prices": prices})
+    raw = write_tables(tmp_path / "raw", {"visits": shop.tables["visits"]})
     with pytest.raises(ExpectationError, match="spent"):
-        steps.clean(context, features, "visits", shop.tables["visits"])
+        steps.clean(context, features, raw)
     assert [(kind, e["column"], e["passed"]) for kind, e in recorder.events] == [
         ("expectation", "spent", False),
         ("expectation", "shelf", True),
@@ -97,11 +99,13 @@ def test_expectations_are_recorded_even_when_they_fail(
 
 
 def test_a_source_that_is_not_there(context: Context, shop: SimpleNamespace) -> None:
+    raw = write_tables(context.scratch(), {"visit": shop.tables["visits"]})
     with pytest.raises(FeatureStoreError, match="no source 'visit'"):
-        steps.extract(context, shop.features, "visit")
+        steps.clean(replace(context, step="clean"), shop.features, raw)
 
 
 def test_sources_without_any_row(context: Context, shop: SimpleNamespace) -> None:
     empty = {name: table.slice(0, 0) for name, table in shop.tables.items()}
+    folder = write_tables(context.scratch(), empty)
     with pytest.raises(FeatureStoreError, match="no source has a row"):
-        steps.materialize(context, shop.features, empty, None)
+        steps.materialize(context, shop.features, folder, None)

@@ -148,10 +148,7 @@ class StandIn:
             return
         ids, times, scores, versions, shadows = zip(*rows, strict=True) if rows else ([],) * 5
         moments = [datetime.fromisoformat(time) for time in times]
-        distance = {
-            i: d
-            for i, d in zip(TABLE["id"].to_pylist(), TABLE["distance"].to_pylist(), strict=True)
-        }
+        distance = dict(zip(TABLE["id"].to_pylist(), TABLE["distance"].to_pylist(), strict=True))
         buckets = {}
         for day in {moment.date().isoformat() for moment in moments}:
             chosen = [
@@ -314,7 +311,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StandIn, R
 def test_every_row_is_sent_once_in_order_with_nothing_but_its_inputs(
     finished: tuple[Path, StandIn, ReplayResult],
 ) -> None:
-    folder, server, result = finished
+    _, server, result = finished
     sent = [
         row | {"id": key}
         for b in server.bodies
@@ -420,15 +417,16 @@ def test_killed_after_a_promotion_it_does_not_go_back_behind_it(
 def test_killed_while_waiting_the_retraining_is_not_lost(
     finished: tuple[Path, StandIn, ReplayResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _, straight = finished
+    straight = finished[2]
 
     async def die(*_: Any) -> None:
         raise KilledError
 
     server = StandIn()
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
+    with monkeypatch.context() as patch:
         patch.setattr(Replayer, "_await_retraining", die)
-        play(tmp_path, server)
+        with pytest.raises(KilledError):
+            play(tmp_path, server)
     server.background = 3  # the job goes on and promotes, without anyone to see it
     result = play(tmp_path, server)
     (ended,) = [entry for entry in past(tmp_path) if entry["kind"] == "retraining"]

@@ -195,7 +195,9 @@ def test_mlflows_own_client_sees_what_its_users_expect(versions, client):
     history = client.get_metric_history(version.run_id, "validation_auc")
     assert [(m.step, m.value) for m in history] == [(1, 0.6), (2, 0.7)]
     names = {item.path for item in client.list_artifacts(version.run_id, "package")}
-    assert names == {f"package/{n}" for n in ("package.json", "reference.json", "weights.safetensors")}
+    assert names == {
+        f"package/{n}" for n in ("package.json", "reference.json", "weights.safetensors")
+    }
 
 
 def test_two_processes_may_open_a_new_home_at_once(tmp_path):
@@ -245,7 +247,12 @@ def test_the_step_adds_the_provenance_of_its_run(home, tmp_path):
     ledger.close()
     context = Context("tiny", home, "run-9", "register")
     version = steps.register(
-        context, "stepped", make_package(tmp_path / "p"), REPORT, "candidate", {"data_version": {"v": 1}}
+        context,
+        "stepped",
+        make_package(tmp_path / "p"),
+        REPORT,
+        "candidate",
+        {"data_version": {"v": 1}},
     )
     lineage = Registry(home).describe("stepped@candidate")["lineage"]
     assert version.version == 1

@@ -13,13 +13,13 @@ from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
+from serving import shop
+from serving.harness import Served, same
 
 from mlops_ray.errors import RequestError, ServingError
 from mlops_ray.metadata.delta import MONITOR_ACTOR, MONITOR_NAMESPACE
 from mlops_ray.serving import deployment, runtime
 from mlops_ray.serving.client import AsyncClient, Client
-from serving import shop
-from serving.harness import Served, same
 
 PREDICT = "/v1/models/shop/predict"
 
@@ -184,9 +184,11 @@ def test_broken_package_is_reported_and_the_old_one_goes_on(served: Served, clie
 
 
 def test_first_deployment_of_a_broken_package_fails(served: Served) -> None:
+    shop.fill_store(served.home, "shop_broken")
     with pytest.raises(ServingError, match="cannot be deployed") as caught:
         served.deploy(4, project="shop_broken")
-    assert "weights" in str(caught.value)
+    assert "version 4 (champion) cannot be served" in caught.value.why
+    assert "Traceback" not in str(caught.value)
     assert deployment.remove("shop_broken")
 
 

@@ -82,7 +82,9 @@ def test_the_best_epoch_is_the_one_with_the_least_validation_loss(prepared):
     losses = [epoch["validation_log_loss"] for epoch in states[-1]["history"]]
     best = int(np.argmin(losses))
     assert states[-1]["best_epoch"] == best + 1
-    assert all(torch.equal(states[-1]["best"][k], states[best]["module"][k]) for k in states[0]["best"])
+    assert all(
+        torch.equal(states[-1]["best"][k], states[best]["module"][k]) for k in states[0]["best"]
+    )
 
 
 def test_validation_metrics_are_those_of_the_scores(prepared):

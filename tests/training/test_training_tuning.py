@@ -20,7 +20,8 @@ def test_a_proposal_changes_only_what_it_names():
 
 def test_durations_may_be_proposed_as_words():
     changed = apply(SETTINGS, {"training.half_life": "28d"}).training
-    assert changed.half_life is not None and changed.half_life.days == 28
+    assert changed.half_life is not None
+    assert changed.half_life.days == 28
 
 
 def test_a_value_that_does_not_fit_is_refused():

@@ -1,0 +1,36 @@
+"""The step of serving that needs no endpoint: scoring a batch. Deploying is delivery's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlops_ray.config.features import Features
+from mlops_ray.config.project import BatchPredict
+from mlops_ray.config.serving import Serving
+from mlops_ray.metadata import package as packages
+from mlops_ray.orchestration.context import Context
+from mlops_ray.serving.batch import BatchResult, score_batch
+
+
+def batch_predict(
+    context: Context, project: str, features: Features, serving: Serving, batch: BatchPredict
+) -> BatchResult:
+    """Score Parquet with a registered model; see ``batch.score_batch``.
+
+    Raises:
+        RegistryError: There is no such model or alias.
+        SourceError: There is no input.
+        SchemaError: A column is missing or has the wrong type.
+    """
+    from mlops_ray.registry.registry import Registry
+
+    model = Registry(context.home).resolve(batch.model)
+    manifest = packages.read(Path(model.package)).manifest
+    result = score_batch(
+        context, project, features, manifest.service_name, model, batch, serving.threshold
+    )
+    context.reporter.metric("rows", result.rows)
+    context.reporter.event(
+        "batch_prediction", model=model.name, version=model.version, output=result.output
+    )
+    return result
