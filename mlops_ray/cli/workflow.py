@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mlops_ray.config.locate import Workspace, open_workspace
-from mlops_ray.errors import ClusterError
+from mlops_ray.errors import ClusterError, StepError
 
 if TYPE_CHECKING:
     from mlops_ray.config.project import Project
@@ -66,7 +66,12 @@ def plan(overrides: tuple[str, ...]) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Copy the run's report.html and report.json into this folder.",
 )
-def run(overrides: tuple[str, ...], multirun: bool, save_to: Path | None) -> None:
+@click.option(
+    "--defer-mirror", is_flag=True, help="Leave writing this run to MLflow to the next run."
+)
+def run(
+    overrides: tuple[str, ...], multirun: bool, save_to: Path | None, defer_mirror: bool
+) -> None:
     """Run a workflow; an interrupted one goes on from its finished steps.
 
     KEY=VALUE are Hydra overrides. Ray is joined at cluster.address or $RAY_ADDRESS, or else
@@ -81,7 +86,13 @@ def run(overrides: tuple[str, ...], multirun: bool, save_to: Path | None) -> Non
     ):
         if multirun:
             click.secho(f"[{number}/{len(loaded)}] {' '.join(combination)}", bold=True)
-        record = _run(workspace, project, combination)
+        try:
+            record = _run(workspace, project, combination)
+        except StepError:
+            _mirror(project)
+            raise
+        if not defer_mirror:
+            _mirror(project)
         _show_report(project, record, save_to)
 
 
@@ -120,7 +131,6 @@ def _load(overrides: list[str]) -> tuple[Workspace, Project]:
 def _run(workspace: Workspace, project: Project, overrides: list[str]) -> RunRecord:
     from mlops_ray.cli.display import RunDisplay
     from mlops_ray.cluster.connect import connect
-    from mlops_ray.metadata.home import Home
     from mlops_ray.orchestration.executor import Executor
     from mlops_ray.orchestration.graph import build
 
@@ -135,9 +145,7 @@ def _run(workspace: Workspace, project: Project, overrides: list[str]) -> RunRec
             command=_command(workspace, project, overrides),
             listener=display.update,
         )
-        record = executor.run()
-    _mirror(Home(project.home), record.run_id)
-    return record
+        return executor.run()
 
 
 def _command(workspace: Workspace, project: Project, overrides: list[str]) -> tuple[str, ...]:
@@ -146,12 +154,13 @@ def _command(workspace: Workspace, project: Project, overrides: list[str]) -> tu
     return (*base, *kept, f"home={project.home}")
 
 
-def _mirror(home: Any, run_id: str) -> None:
+def _mirror(project: Project) -> None:
     """MLflow is a view of the ledger: when it cannot be written, the run is still good."""
+    from mlops_ray.metadata.home import Home
     from mlops_ray.metadata.mirror import mirror
 
     try:
-        mirror(home, run_id)
+        mirror(Home(project.home))
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         click.secho(f"warning: the run is not in MLflow: {text}", fg="yellow", err=True)

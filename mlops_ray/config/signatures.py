@@ -54,14 +54,22 @@ def names(module: str) -> list[str]:
 
 
 def module_file(module: str) -> Path | None:
-    """Return the source file of a module, or None. Runs at most its parent packages' __init__."""
+    """Return the source file of a module, or None. Runs no code, not even a package's __init__."""
+    top, *rest = module.split(".")
     try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
         return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+    if spec is None:
         return None
-    return Path(spec.origin)
+    if not rest:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    for folder in spec.submodule_search_locations or ():
+        base = Path(folder, *rest)
+        for file in (base.with_suffix(".py"), base / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
 
 
 @lru_cache(maxsize=256)

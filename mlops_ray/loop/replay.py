@@ -34,6 +34,12 @@ _POLL_S = 0.2
 _BACKGROUND_PAUSE_S = 0.05
 _RECENT_REQUESTS = 64
 
+# The offline store is read only by retrainings, which are preceded by a commit of their own; one
+# after each day would cost a tenth of the replay's time.
+_COMMIT_EVERY = timedelta(days=7)
+
+_LATE_REPORTS_S = (0.05, 0.2, 1.0, 3.0)
+
 
 class Pipeline(Protocol):
     """The feature pipeline that keeps the online store fresh."""
@@ -115,7 +121,7 @@ class Replayer:
         self._status: dict[str, Any] = {}
         self._recent: deque[Request] = deque(maxlen=_RECENT_REQUESTS)
         self._answers, self._sent = Answers(), Sent()
-        self._since = self._labels_until = replay.start
+        self._since = self._labels_until = self._committed = replay.start
         self._rows_done = self._unlogged_rows = 0
         self._wall_s = 0.0
         self._resumed_s = time.perf_counter()
@@ -129,7 +135,8 @@ class Replayer:
             for hour in _steps(since, until, self._replay.step):
                 await self._hour(hour, min(hour + self._replay.step, until))
             self._clock.advance(until)
-            self._pipeline.commit()
+            if until - self._committed >= _COMMIT_EVERY:
+                self._commit()
             await self._save()
         await self._end()
         return self._result(versions)
@@ -171,9 +178,13 @@ class Replayer:
         self._status = await self._monitor.tick(now)
         if self._status["phase"] == "triggered":
             # Training reads the offline store: it must hold everything up to now.
-            self._pipeline.commit()
+            self._commit()
             self._status = await self._monitor.start_retraining()
             await self._save()
+
+    def _commit(self) -> None:
+        self._pipeline.commit()
+        self._committed = self._clock.now()
 
     async def _follow_retraining(self, now: datetime) -> None:
         """Where a retraining is under way: see how it is, and at its deadline wait for its end."""
@@ -266,8 +277,14 @@ class Replayer:
         self._report(self._status["phase"])
 
     async def _write(self, since: datetime, until: datetime) -> None:
+        outcomes = self._traffic.outcomes(since, until)
         observed = await self._monitor.rows(since, until)
-        rows = join_rows(self._answers, self._traffic.outcomes(since, until), observed)
+        for pause_s in _LATE_REPORTS_S:
+            if len(observed) >= len(self._answers.ids):
+                break
+            await asyncio.sleep(pause_s)
+            observed = await self._monitor.rows(since, until)
+        rows = join_rows(self._answers, outcomes, observed)
         self._recording.write(since, rows, self._sent)
         self._unlogged_rows += max(len(rows) - len(observed), 0)
         self._rows_done += len(rows)

@@ -159,9 +159,8 @@ def _spec(
 def _retrain_command(context: Context, loop: Loop) -> RetrainCommand | None:
     if not context.command:
         return None
-    return RetrainCommand(
-        argv=(*context.command, f"workflow={loop.workflow}"), directory=_shipped_directory()
-    )
+    argv = (*context.command, f"workflow={loop.workflow}", "--defer-mirror")
+    return RetrainCommand(argv=argv, directory=_shipped_directory())
 
 
 def _shipped_directory() -> str | None:

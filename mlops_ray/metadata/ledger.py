@@ -13,6 +13,9 @@ from mlops_ray.config.base import Frozen, Instant
 from mlops_ray.metadata.artifacts import ArtifactRef
 
 RunStatus = Literal["running", "succeeded", "failed", "interrupted"]
+MIRRORED = "mirrored"
+"""The kind of event that says that a run is in MLflow."""
+
 StepStatus = Literal["pending", "running", "succeeded", "cached", "skipped", "failed"]
 
 _METADATA = sa.MetaData()
@@ -177,6 +180,23 @@ class Ledger:
         if workflow is not None:
             where = where & (_RUNS.c.workflow == workflow)
         return self._runs(where, limit)
+
+    def unmirrored(self) -> list[RunRecord]:
+        """Return the runs that are over and have no ``mirrored`` event since they ended."""
+        last = (
+            sa.select(_EVENTS.c.run_id, sa.func.max(_EVENTS.c.at).label("at"))
+            .where(_EVENTS.c.kind == MIRRORED)
+            .group_by(_EVENTS.c.run_id)
+            .subquery()
+        )
+        query = (
+            sa.select(_RUNS)
+            .outerjoin(last, last.c.run_id == _RUNS.c.run_id)
+            .where(_RUNS.c.ended_at.is_not(None))
+            .where(last.c.at.is_(None) | (last.c.at < _RUNS.c.ended_at))
+            .order_by(_RUNS.c.started_at)
+        )
+        return [RunRecord(**_decode(row)) for row in self._rows(query)]
 
     def steps(self, run_id: str) -> list[StepRecord]:
         """Return a run's steps in the order of the plan."""

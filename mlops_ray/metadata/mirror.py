@@ -1,7 +1,7 @@
 """The MLflow mirror: each run of a workflow a parent run, each of its steps a child run.
 
 The ledger is the truth; this is a view of it for people who use MLflow's pages and client. A run is
-mirrored once it is over, in batches, and mirroring it again changes nothing.
+mirrored once it is over, in batches; what MLflow missed, the next run catches up on, without doubles.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 from datetime import datetime
 from typing import Any
 
+from mlops_ray.metadata import tracking
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger, RunRecord, StepRecord
+from mlops_ray.metadata.ledger import MIRRORED, Ledger, RunRecord, StepRecord
 
 RUN_TAG = "mlops_ray.run_id"
 STEP_TAG = "mlops_ray.step"
@@ -20,20 +21,25 @@ _LONGEST_PARAM = 500
 _STATUS = {"succeeded": "FINISHED", "cached": "FINISHED", "skipped": "KILLED", "failed": "FAILED"}
 
 
-def mirror(home: Home, run_id: str) -> None:
-    """Write a finished run and its steps to MLflow's tracking store.
+def mirror(home: Home) -> int:
+    """Write every run that is over and not in MLflow yet, with its steps; return how many.
 
     Raises:
-        mlflow.exceptions.MlflowException: The tracking store refuses.
+        mlflow.exceptions.MlflowException: The tracking store refuses. The next call goes on.
     """
-    from mlflow import MlflowClient
-
     ledger = Ledger(home.ledger_url)
-    run = ledger.run(run_id)
-    if run is None:
-        return
-    client = MlflowClient(tracking_uri=home.tracking_uri)
-    experiment = _experiment(client, home, run.project)
+    pending = ledger.unmirrored()
+    if pending:
+        client = tracking.connect(home)
+        for run in pending:
+            _mirror_run(client, home, ledger, run)
+            ledger.append(run.project, MIRRORED, {"status": run.status}, run_id=run.run_id)
+    return len(pending)
+
+
+def _mirror_run(client: Any, home: Home, ledger: Ledger, run: RunRecord) -> None:
+    experiment = tracking.experiment(client, home, run.project)
+    run_id = run.run_id
     parent = _mirrored(client, experiment, run_id, None)
     if parent is None:
         parent = _create_parent(client, experiment, run)
@@ -42,13 +48,6 @@ def mirror(home: Home, run_id: str) -> None:
             _create_child(client, experiment, parent, run, step)
     status = "FINISHED" if run.status == "succeeded" else "FAILED"
     client.set_terminated(parent, status, _milliseconds(run.ended_at))
-
-
-def _experiment(client: Any, home: Home, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    return str(client.create_experiment(name, artifact_location=str(home.mlflow_artifacts / name)))
 
 
 def _mirrored(client: Any, experiment: str, run_id: str, step: str | None) -> str | None:

@@ -24,12 +24,13 @@ def register(
 
     The run's own provenance (commit, uncommitted changes, configuration, lock file, run) is added;
     ``lineage`` names what only the workflow knows, such as the version of the data. Values that
-    are not strings are written as JSON.
+    are not strings are written as JSON; None is left out.
 
     Raises:
         RegistryError: The name or the alias cannot be used.
     """
-    origin = provenance(context) | {key: _text(value) for key, value in (lineage or {}).items()}
+    given = {key: _text(value) for key, value in (lineage or {}).items() if value is not None}
+    origin = provenance(context) | given
     version = Registry(context.home).register(model_name, package, report, origin, alias)
     context.reporter.event(
         "registration",

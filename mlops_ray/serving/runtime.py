@@ -71,12 +71,13 @@ def start(serving: Serving) -> Mode:
     return mode
 
 
-def environment(serving: Serving) -> dict[str, str]:
+def environment(serving: Serving, nodes: int = 1) -> dict[str, str]:
     """Return the environment variables that put Serve into the configured mode.
 
     Empty for the default mode, and (with a warning) where HAProxy cannot run. Serve's controller
     reads them, and hands them on to its proxies and replicas. Files and ports are this cluster's own,
-    so that two clusters on one host do not meet.
+    so that two clusters on one host do not meet. With one of ``nodes``, HAProxy ends with Serve even
+    where that is killed; with several, it runs where this process cannot put its wrapper.
     """
     if serving.mode == "default":
         return {}
@@ -92,7 +93,7 @@ def environment(serving: Serving) -> dict[str, str]:
     return {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_program(folder, binary)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_wrapper(folder, binary) if nodes == 1 else binary),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -134,7 +135,7 @@ def _start(serving: Serving) -> None:
         serve.start(
             proxy_location="HeadOnly" if nodes == 1 else "EveryNode",
             http_options={"host": serving.host, "port": serving.port},
-            controller_options={"runtime_env": {"env_vars": environment(serving)}},
+            controller_options={"runtime_env": {"env_vars": environment(serving, nodes)}},
         )
     except (TimeoutError, RuntimeError) as error:
         raise ServingError(
@@ -192,12 +193,8 @@ def _haproxy_binary() -> str | None:
         return shutil.which("haproxy")
 
 
-def _program(folder: Path, binary: str) -> Path:
-    """Return the program to run as HAProxy, on a cluster of one node a wrapper that ends it."""
-    import ray
-
-    if len(ray.nodes()) > 1:
-        return Path(binary)
+def _wrapper(folder: Path, binary: str) -> Path:
+    """Write the program that becomes ``binary``, and ends with the process that started it."""
     wrapper = folder / "haproxy"
     text = _WRAPPER.format(python=shlex.quote(sys.executable), binary=shlex.quote(binary))
     wrapper.write_text(text)

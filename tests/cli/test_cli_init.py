@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from mlops_ray.cli.init import render, write_project
 from mlops_ray.config.check import load_project
@@ -203,17 +205,18 @@ def test_the_generated_world_can_be_learnt_and_drifts(command: Any, tmp_path: Pa
     data = training_set(tmp_path / NAME).to_pandas()
     assert 5800 < len(data) <= 6000
     leaking = ["order_id", "ordered_at", "promised_at", "delivered_at", "late"]
-    features = pd.get_dummies(data.drop(columns=leaking))
+    features = pd.get_dummies(data.drop(columns=leaking)).fillna(0).astype(float)
     week = pd.Timedelta(days=7)
-    fitted = HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=8, random_state=0)
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     first = data.ordered_at < CHANGE - 2 * week
     fitted.fit(features[first], data.late[first])
-    loss = {}
+    loss, auc = {}, {}
     for when, since in (("before", CHANGE - 2 * week), ("after", CHANGE)):
         rows = (data.ordered_at >= since) & (data.ordered_at < since + week)
         score = fitted.predict_proba(features[rows])[:, 1]
         loss[when] = log_loss(data.late[rows], score)
-        assert roc_auc_score(data.late[rows], score) > 0.65
+        auc[when] = roc_auc_score(data.late[rows], score)
+    assert auc["before"] > 0.7
     assert loss["after"] > loss["before"] + 0.05
     late = data.groupby(data.ordered_at >= CHANGE).late.mean()
     assert late[True] > late[False] + 0.1

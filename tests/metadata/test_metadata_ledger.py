@@ -114,8 +114,8 @@ def test_mlflow_shows_the_run_its_steps_and_no_doubles(home: Home, ledger: Ledge
     )
     ledger.update_step("r1", "gate", status="skipped", ended_at=datetime.now(UTC))
     ledger.finish_run("r1", "succeeded")
-    mirror(home, "r1")
-    mirror(home, "r1")
+    assert mirror(home) == 1
+    assert mirror(home) == 0
     client = MlflowClient(tracking_uri=home.tracking_uri)
     experiment = client.get_experiment_by_name("shop")
     runs = client.search_runs([experiment.experiment_id])

@@ -252,7 +252,7 @@ def test_the_step_adds_the_provenance_of_its_run(home, tmp_path):
         make_package(tmp_path / "p"),
         REPORT,
         "candidate",
-        {"data_version": {"v": 1}},
+        {"data_version": {"v": 1}, "data_until": None},
     )
     lineage = Registry(home).describe("stepped@candidate")["lineage"]
     assert version.version == 1

@@ -39,7 +39,8 @@ def request_features(inputs: Columns) -> Columns:
         str [n]: ``airline``, ``airport``, ``destination``, ``hour``, ``weekday``.
     """
     if not len(inputs["sched_dep"]):
-        return dict.fromkeys(NUMERIC, np.zeros(0)) | dict.fromkeys(CATEGORICAL, np.zeros(0, object))
+        kinds = dict.fromkeys(NUMERIC, float) | dict.fromkeys(CATEGORICAL, object)
+        return {name: np.zeros(0, kind) for name, kind in kinds.items()}
     departure = inputs["sched_dep"].astype("datetime64[us]")
     arrival = inputs["sched_arr"].astype("datetime64[us]")
     local = _local(departure)
