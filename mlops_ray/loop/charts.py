@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from html import escape
 
 WIDTH = 760
 
 _HEAT_FULL = 0.5
+_WEEK = timedelta(days=7)
+_SHORT = timedelta(days=75)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def line_chart(
     if any(abs(round(tick, digits) - tick) > 1e-9 for tick in ticks):
         digits += 1
     parts = [_rule(frame, tick, f"{tick:.{digits}f}") for tick in ticks]
-    parts += [_month(frame, at, height) for at in _months(start, end)]
+    parts += [_moment(frame, at, text, height) for at, text in _moments(start, end)]
     parts += [_mark(frame, mark) for mark in marks]
     parts += [_line(frame, line) for line in lines]
     parts += _end_labels(frame, lines)
@@ -170,11 +172,11 @@ def _rule(frame: _Frame, value: float, text: str) -> str:
     )
 
 
-def _month(frame: _Frame, at: datetime, height: float) -> str:
+def _moment(frame: _Frame, at: datetime, text: str, height: float) -> str:
     x = frame.across(at.timestamp())
     return (
         f'<line class="rule" x1="{x:.1f}" y1="{frame.bottom}" x2="{x:.1f}" y2="{frame.bottom + 5}"/>'
-        + _text(x + 2, height - 8, f"{at:%b}", "tick", "start")
+        + _text(x + 2, height - 8, text, "tick", "start")
     )
 
 
@@ -227,8 +229,10 @@ def _nothing() -> str:
     return '<p class="quiet">Nothing was measured.</p>'
 
 
-def _short(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def _short(name: str, most: int = 30) -> str:
+    """Leave out the middle of a long name: its ends tell features of one view apart."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -241,9 +245,14 @@ def _ticks(low: float, high: float) -> list[float]:
     return [tick * step for tick in range(first, max(last, first + 1) + 1)]
 
 
-def _months(start: datetime, end: datetime) -> Iterable[datetime]:
+def _moments(start: datetime, end: datetime) -> Iterable[tuple[datetime, str]]:
+    """Return the months, or in a short period the weeks, and their names."""
+    if end - start < _SHORT:
+        for week in range((end - start) // _WEEK + 1):
+            yield start + week * _WEEK, f"{start + week * _WEEK:%-d %b}"
+        return
     at = start.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     while at < end:
         if at >= start:
-            yield at
+            yield at, f"{at:%b}"
         at = at.replace(year=at.year + at.month // 12, month=at.month % 12 + 1)

@@ -139,7 +139,7 @@ def _months(months: Sequence[Document]) -> str:
 
 
 def _drift(drift: Document, threshold: float) -> str:
-    columns, features, values = weekly_drift(drift)
+    columns, features, values = highest_drift(drift)
     shown = sorted(
         range(len(features)), key=lambda r: -max((v for v in values[r] if v is not None), default=0)
     )[:_MOST_FEATURES]
@@ -148,27 +148,31 @@ def _drift(drift: Document, threshold: float) -> str:
         columns,
         [values[r] for r in shown],
         threshold,
-        "PSI of each feature by week",
+        "PSI of each feature over time",
     )
     rest = len(features) - len(shown)
     hidden = f" The {rest} features that drifted least are not shown." if rest else ""
     return _section(
         "Drift",
         "Population stability index of each feature against the training data of the version in "
-        f"service, the highest of each week. It starts anew with each promoted version.{hidden}",
+        f"service, the highest of each week or day. It starts anew with each promoted version.{hidden}",
         f'<div class="legend"><span class="under"><i></i>below {threshold:g}</span>'
         f'<span class="over"><i></i>{threshold:g}, a drift, to 0.5 and more</span></div>'
         f'<div class="wide">{chart}</div>',
     )
 
 
-def weekly_drift(drift: Document) -> tuple[list[datetime], list[str], list[list[float | None]]]:
-    """Return weeks, features and the highest PSI of each week, [features][weeks]."""
+def highest_drift(drift: Document) -> tuple[list[datetime], list[str], list[list[float | None]]]:
+    """Return weeks, features and the highest PSI of each week, [features][weeks].
+
+    Of less than ten weeks, days instead of weeks.
+    """
     times = [_moment(time) for time in drift["times"]]
     if not times:
         return [], [], []
-    weeks = [(time - times[0]) // _WEEK for time in times]
-    columns = [times[0] + _WEEK * week for week in range(weeks[-1] + 1)]
+    span = _WEEK if times[-1] - times[0] >= 9 * _WEEK else _WEEK / 7
+    weeks = [(time - times[0]) // span for time in times]
+    columns = [times[0] + span * week for week in range(weeks[-1] + 1)]
     values: list[list[float | None]] = []
     for row in drift["psi"]:
         highest: list[float | None] = [None] * len(columns)

@@ -20,7 +20,7 @@ from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
 
 NAME = "slow_orders"
-PATIENCE_S = 90.0
+PATIENCE_S = 120.0
 STEPS = '''
 """Steps that leave marks; the second waits for permission to end."""
 

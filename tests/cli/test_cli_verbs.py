@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlops_ray.cli.main import Verbs
 from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger, RunRecord, now
+from mlops_ray.metadata.ledger import Ledger, RunRecord
 
 ROOT = Path(__file__).parents[2]
 VERBS = ["init", "check", "plan", "run", "submit", "status", "models", "doctor"]
@@ -53,7 +54,7 @@ def ledger_with_runs(home: Home, count: int) -> list[str]:
             workflow="train",
             status="running",
             config_digest="0",
-            started_at=now(),
+            started_at=datetime.now(UTC),
             ended_at=None,
             owner="here:1:1",
             config={},

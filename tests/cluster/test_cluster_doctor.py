@@ -30,7 +30,7 @@ def free_port() -> int:
 def look(folder: Path, topic: str, **ports: int) -> list[Finding]:
     ports = {"dashboard_port": free_port(), "serve_port": free_port()} | ports
     lock = folder / "requirements.lock"
-    findings = examine(folder / "home", lock=lock, **ports)  # type: ignore[arg-type]
+    findings = examine(folder / "home", lock=lock, **ports)
     return [finding for finding in findings if finding.topic == topic]
 
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from sklearn.metrics import log_loss, roc_auc_score
 
-from mlops_ray.loop.page import render, weekly_drift
+from mlops_ray.loop.page import render, highest_drift
 from mlops_ray.loop.recording import ROW, Recording, Sent
 from mlops_ray.loop.report import summary_table, write
 from mlops_ray.loop.results import ReplayResult
@@ -168,8 +168,8 @@ def test_static_scores_come_from_the_shadow_or_the_answer(document: dict[str, An
     assert scored_rows(rows, None)["static"].null_count > 0
 
 
-def test_weekly_drift_is_the_highest_of_the_week(document: dict[str, Any]) -> None:
-    weeks, features, values = weekly_drift(document["drift"])
+def test_highest_drift_is_the_highest_of_the_week(document: dict[str, Any]) -> None:
+    weeks, features, values = highest_drift(document["drift"])
     assert features == sorted(["calm", "drifting", NASTY])
     assert len(weeks) == 10
     row = values[features.index("drifting")]
