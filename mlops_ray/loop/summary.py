@@ -21,6 +21,7 @@ from mlops_ray.training.evaluation import auc, calibration, log_loss
 
 STATIC = "first"
 CALIBRATION_BINS = 10
+MOST_NOISE = 0.02
 
 Values = NDArray[Any]
 
@@ -178,8 +179,15 @@ def _version(described: Mapping[str, Any], rows: pa.Table) -> dict[str, Any]:
 
 
 def _drift(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """PSI of every feature at every judgement; [features][times], null where not measured."""
-    measured = [e for e in history if e["kind"] == "measured" and e["drift"]["psi"]]
+    """PSI of every feature over time, [features][times], null where not measured.
+
+    Without the judgements on so few rows that sampling alone gives more than ``MOST_NOISE``.
+    """
+    measured = [
+        entry
+        for entry in history
+        if entry["kind"] == "measured" and (entry["drift"]["noise"] or 1.0) <= MOST_NOISE
+    ]
     features = sorted({name for entry in measured for name in entry["drift"]["psi"]})
     return {
         "times": [entry["at"] for entry in measured],

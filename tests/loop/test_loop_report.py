@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from sklearn.metrics import log_loss, roc_auc_score
 
-from mlops_ray.loop.page import render, highest_drift
+from mlops_ray.loop.page import highest_drift, render
 from mlops_ray.loop.recording import ROW, Recording, Sent
 from mlops_ray.loop.report import summary_table, write
 from mlops_ray.loop.results import ReplayResult
@@ -59,7 +59,7 @@ def recorded(folder: Path) -> ReplayResult:
                 "kind": "measured",
                 "at": at.isoformat(),
                 "version": version,
-                "drift": {"rows": 100, "psi": psi if number % 10 else {}, "noise": 0.1},
+                "drift": {"rows": 100, "psi": psi, "noise": 0.01 if number % 10 else 0.3},
             }
         )
     triggered = {
