@@ -1,3 +1,75 @@
 """mlops-ray: the whole life of a machine-learning product as one closed loop on Ray."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlops_ray.errors import (
+    ArtifactError,
+    ClusterError,
+    ConfigError,
+    DataError,
+    ExpectationError,
+    FeatureStoreError,
+    MlopsRayError,
+    MonitoringError,
+    RegistryError,
+    RequestError,
+    SchemaError,
+    ServingError,
+    SourceError,
+    StepError,
+    TrainingError,
+    WorkflowError,
+)
+
+if TYPE_CHECKING:
+    from mlops_ray.api import Run, Session, connect
+    from mlops_ray.orchestration.context import Context
+    from mlops_ray.serving.client import AsyncClient, Client
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "AsyncClient",
+    "Client",
+    "ClusterError",
+    "ConfigError",
+    "Context",
+    "DataError",
+    "ExpectationError",
+    "FeatureStoreError",
+    "MlopsRayError",
+    "MonitoringError",
+    "RegistryError",
+    "RequestError",
+    "Run",
+    "SchemaError",
+    "ServingError",
+    "Session",
+    "SourceError",
+    "StepError",
+    "TrainingError",
+    "WorkflowError",
+    "__version__",
+    "connect",
+]
+
+_LAZY = {
+    "AsyncClient": "mlops_ray.serving.client",
+    "Client": "mlops_ray.serving.client",
+    "Context": "mlops_ray.orchestration.context",
+    "Run": "mlops_ray.api",
+    "Session": "mlops_ray.api",
+    "connect": "mlops_ray.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: ``import mlops_ray`` itself stays quick."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'mlops_ray' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,6 +129,7 @@ def _load(overrides: list[str]) -> tuple[Workspace, Project]:
 
 def _run(workspace: Workspace, project: Project, overrides: list[str]) -> RunRecord:
     from mlops_ray.cli.display import RunDisplay
+    from mlops_ray.cluster.command import run_command
     from mlops_ray.cluster.connect import connect
     from mlops_ray.orchestration.executor import Executor
     from mlops_ray.orchestration.graph import build
@@ -142,16 +142,10 @@ def _run(workspace: Workspace, project: Project, overrides: list[str]) -> RunRec
             project,
             directory=workspace.directory,
             roots=tuple(str(root) for root in workspace.projects),
-            command=_command(workspace, project, overrides),
+            command=run_command(workspace.directory, project.home, overrides),
             listener=display.update,
         )
         return executor.run()
-
-
-def _command(workspace: Workspace, project: Project, overrides: list[str]) -> tuple[str, ...]:
-    kept = [o for o in overrides if not o.lstrip("+").startswith(("workflow=", "home=", "until="))]
-    base = [sys.executable, "-m", "mlops_ray", "-C", str(workspace.directory), "run"]
-    return (*base, *kept, f"home={project.home}")
 
 
 def _mirror(project: Project) -> None:

@@ -77,7 +77,9 @@ def replay(
     pipeline = open_pipeline(context, features, found)
 
     async def run() -> ReplayResult:
-        async with AsyncClient(endpoint, connections=replay.concurrency + 1) as client:
+        async with AsyncClient(
+            endpoint, connections=replay.concurrency + 1, repeat=False
+        ) as client:
             replayer = Replayer(
                 context.run_id,
                 traffic,

@@ -118,6 +118,10 @@ class Executor:
                 return self._artifacts.get(record.output)
         raise WorkflowError(f"step {step!r} of run {run_id} has no output")
 
+    def steps(self, run_id: str) -> list[StepRecord]:
+        """Return the steps of a run."""
+        return self._ledger.steps(run_id)
+
     def _begin(self) -> tuple[RunRecord, _State]:
         previous = unfinished_run(self._project, self._ledger)
         if previous is None:

@@ -123,14 +123,21 @@ class Client:
 class AsyncClient:
     """Calls an endpoint from an event loop, on up to ``connections`` connections at once.
 
-    Use it with ``async with``, or call ``close``. Methods are those of ``Client``.
+    Use it with ``async with``, or call ``close``. Methods are those of ``Client``. Without
+    ``repeat``, a prediction is never tried twice: what breaks is seen.
     """
 
     def __init__(
-        self, endpoint: Endpoint, *, connections: int = 64, timeout_s: float = TIMEOUT_S
+        self,
+        endpoint: Endpoint,
+        *,
+        connections: int = 64,
+        timeout_s: float = TIMEOUT_S,
+        repeat: bool = True,
     ) -> None:
         self._routes = _Routes(endpoint)
         self._connections = connections
+        self._repeat = repeat
         self._timeout_s = timeout_s
         self._session: Any = None
 
@@ -156,7 +163,9 @@ class AsyncClient:
         """Return the scores; see ``Client.predict``."""
         body = _predict_body(rows, columns, ids)
         headers = _JSON if log else _NO_LOG
-        return _prediction(await self._call("POST", self._routes.predict, body, headers, bool(ids)))
+        pauses = _PAUSES_S if self._repeat else ()
+        answer = await self._call("POST", self._routes.predict, body, headers, bool(ids), pauses)
+        return _prediction(answer)
 
     async def feedback(self, labels: Rows) -> int:
         """Tell outcomes; see ``Client.feedback``."""
@@ -175,13 +184,19 @@ class AsyncClient:
             self._session = None
 
     async def _call(
-        self, method: str, path: str, body: bytes | None, headers: dict[str, str], repeat: bool
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: dict[str, str],
+        repeat: bool,
+        pauses_s: tuple[float, ...] = _PAUSES_S,
     ) -> Any:
         from aiohttp import ClientConnectorError, ClientError
 
         if self._session is None:
             self._session = _session(self._connections, self._timeout_s)
-        for pause_s in (*_PAUSES_S, None):
+        for pause_s in (*pauses_s, None):
             try:
                 async with self._session.request(
                     method, self._routes.url + path, data=body, headers=headers

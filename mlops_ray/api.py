@@ -1,0 +1,112 @@
+"""The Python door: the same projects and workflows as on the command line.
+
+with mlops_ray.connect("project=flights") as flights:
+    run = flights.run("train")
+    print(run.outputs["evaluate"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mlops_ray.config.check import load_project
+from mlops_ray.config.locate import Workspace, open_workspace
+from mlops_ray.config.project import Project
+from mlops_ray.metadata.ledger import RunRecord
+
+
+class Run:
+    """A finished run: its record in the ledger, and the outputs of its steps by name."""
+
+    def __init__(self, record: RunRecord, outputs: Mapping[str, Any]) -> None:
+        self.record = record
+        self.outputs = outputs
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, as ``mlops-ray status`` shows it."""
+        return self.record.run_id
+
+
+class _Outputs(Mapping[str, Any]):
+    """Outputs read from the artifact store when they are asked for."""
+
+    def __init__(self, executor: Any, run_id: str, names: list[str]) -> None:
+        self._executor = executor
+        self._run_id = run_id
+        self._names = names
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._executor.output(self._run_id, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Session:
+    """A project on a Ray cluster. Use it with ``with``: leaving it leaves a joined cluster running
+    and ends one that was started here."""
+
+    def __init__(self, workspace: Workspace, overrides: tuple[str, ...]) -> None:
+        self._workspace = workspace
+        self._overrides = overrides
+        self.project: Project = load_project(workspace, list(overrides))
+
+    def run(self, workflow: str, *overrides: str) -> Run:
+        """Run a workflow to its end; an unfinished run of it goes on.
+
+        Args:
+            workflow: Its name, such as ``train``.
+            overrides: Further Hydra overrides, such as ``training.epochs=2``.
+
+        Raises:
+            ConfigError: The configuration has problems.
+            StepError: A step failed.
+        """
+        from mlops_ray.cluster.command import run_command
+        from mlops_ray.orchestration.executor import Executor
+
+        given = [*self._overrides, f"workflow={workflow}", *overrides]
+        project = load_project(self._workspace, given)
+        executor = Executor(
+            project,
+            directory=self._workspace.directory,
+            roots=tuple(str(root) for root in self._workspace.projects),
+            command=run_command(self._workspace.directory, project.home, given),
+        )
+        record = executor.run()
+        names = [step.name for step in executor.steps(record.run_id) if step.output is not None]
+        return Run(record, _Outputs(executor, record.run_id, names))
+
+    def __enter__(self) -> Self:
+        from mlops_ray.cluster.connect import connect as join
+
+        join(self.project.cluster, roots=self._workspace.projects)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+def connect(*overrides: str, directory: str | Path = ".") -> Session:
+    """Open a project; ``overrides`` are those of the command line.
+
+    Raises:
+        ConfigError: The configuration has problems; all of them are in the error.
+    """
+    return Session(open_workspace(Path(directory)), overrides)
