@@ -13,10 +13,14 @@ from mlops_ray.cluster.connect import prepare_environment
 from mlops_ray.metadata.home import Home
 
 
+def pytest_configure() -> None:
+    """Ray reads its environment when it is imported, which some test module may do first."""
+    prepare_environment()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One local Ray with the dashboard on, for all tests of the session."""
-    prepare_environment()
     os.environ.setdefault("MLOPS_RAY_HOME", str(tmp_path_factory.mktemp("home")))
     import ray
 

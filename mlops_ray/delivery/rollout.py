@@ -12,6 +12,7 @@ from mlops_ray.metadata import package as packages
 from mlops_ray.metadata.package import Manifest
 from mlops_ray.metadata.types import Endpoint, ModelVersion
 from mlops_ray.orchestration.context import Context
+from mlops_ray.serving.models import ModelSpec
 
 
 def deploy(
@@ -27,25 +28,29 @@ def deploy(
         ServingError: The endpoint cannot serve a version. Where it ran, it goes on as before.
     """
     from mlops_ray.serving.deployment import deploy as serve
-    from mlops_ray.serving.models import ModelSpec
 
-    versions = resolve(context, project, aliases)
-    manifests = {alias: packages.read(Path(v.package)).manifest for alias, v in versions.items()}
-    answering = next(iter(versions))
-    service = _service(features, manifests, answering)
-    endpoint = serve(
-        project,
-        context.home,
-        serving,
-        features,
-        service,
-        [ModelSpec(alias=a, version=v.version, path=v.package) for a, v in versions.items()],
-        targets=[manifest.model.target for manifest in manifests.values()],
-    )
+    service, models, targets = models_of(context, project, features, aliases)
+    endpoint = serve(project, context.home, serving, features, service, models, targets=targets)
     context.reporter.event(
-        "deployment", url=endpoint.url, answer=answering, versions=endpoint.versions
+        "deployment", url=endpoint.url, answer=models[0].alias, versions=endpoint.versions
     )
     return endpoint
+
+
+def models_of(
+    context: Context, project: str, features: Features, aliases: Sequence[str]
+) -> tuple[str, list[ModelSpec], list[str]]:
+    """Return the feature service that the aliased models use, the models, and their classes.
+
+    Raises:
+        RegistryError: The first alias is not set.
+        ServingError: The models use different services, or one that is not declared.
+    """
+    versions = resolve(context, project, aliases)
+    manifests = {alias: packages.read(Path(v.package)).manifest for alias, v in versions.items()}
+    service = _service(features, manifests, next(iter(versions)))
+    models = [ModelSpec(alias=a, version=v.version, path=v.package) for a, v in versions.items()]
+    return service, models, [manifest.model.target for manifest in manifests.values()]
 
 
 def resolve(context: Context, model: str, aliases: Sequence[str]) -> dict[str, ModelVersion]:

@@ -60,8 +60,11 @@ class Replica:
         return self._endpoint.describe()
 
 
-def build(args: dict[str, Any]) -> Any:
-    """Return the Serve application for ``args`` (see ``Settings``)."""
+def build(args: dict[str, Any], user_config: dict[str, Any] | None = None) -> Any:
+    """Return the Serve application for ``args`` (see ``Settings``).
+
+    ``user_config`` names the models, unless the deployment's configuration does.
+    """
     from ray import serve
 
     serving = Settings.model_validate(args).serving
@@ -77,6 +80,8 @@ def build(args: dict[str, Any]) -> Any:
         "logging_config": {"enable_access_log": False},
         **_replicas(serving),
     }
+    if user_config is not None:
+        options["user_config"] = user_config
     deployment: Any = serve.deployment(**options)(serve.ingress()(Replica))
     return deployment.bind(args)
 

@@ -11,6 +11,10 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from mlops_ray.config.check import load_project
+from mlops_ray.config.locate import open_workspace
+from mlops_ray.delivery.application import Arguments
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "clusters" / "kuberay"
 SCHEMA = yaml.safe_load(Path(__file__).with_name("kuberay.schema.yaml").read_text())
@@ -275,8 +279,11 @@ def test_job_trains_and_goes_away() -> None:
 def test_service_deploys_what_serve_accepts() -> None:
     config = yaml.safe_load(load("RayService")["spec"]["serveConfigV2"])
     (application,) = ServeDeploySchema.model_validate(config).applications
-    assert application.import_path == "mlops_ray.serving.app:build"
-    assert application.args == {"project": "flights", "model": "flights@champion"}
+    assert application.import_path == "mlops_ray.delivery.application:build"
+    wanted = Arguments.model_validate(application.args)
+    assert wanted.aliases == ["champion"]
+    project = load_project(open_workspace(ROOT), wanted.overrides)
+    assert project.name == application.name == "flights"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)

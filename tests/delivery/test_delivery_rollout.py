@@ -86,3 +86,19 @@ def test_service_that_is_not_declared(registered: Home) -> None:
     features = type(shop.features()).model_validate(document)
     with pytest.raises(ServingError, match="feature service buys"):
         deploy(Context(PROJECT, registered), PROJECT, Serving(), features, ["champion"])
+
+
+def test_an_application_is_built_from_a_projects_folder(
+    registered: Home, tiny_project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlops_ray.delivery import application
+
+    changes = {"name": PROJECT, "home": registered.root, "features": shop.features()}
+    project = tiny_project.model_copy(update=changes)
+    monkeypatch.setattr(application, "load_project", lambda *_: project)
+    built = application.build({"directory": str(tmp_path), "aliases": ["champion"]})
+    deployment = built._bound_deployment
+    assert deployment.user_config["answer"]["alias"] == "champion"
+    assert deployment.init_args[0]["service"] == "buys"
+    with pytest.raises(RegistryError, match="has no nobody"):
+        application.build({"directory": str(tmp_path), "aliases": ["nobody"]})

@@ -1,6 +1,6 @@
 """Write the flights of a stretch of time as requests for batch scoring.
 
-    python -m flights.export 2013-03-02 2013-03-03 flights_to_score.parquet
+python -m flights.export 2013-03-02 2013-03-03 flights_to_score.parquet
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def export(since: datetime, until: datetime, path: Path) -> int:
     flights = read_flights()
     time = flights["sched_dep"]
     inside = pc.and_(
-        pc.greater_equal(time, pa.scalar(since, time.type)), pc.less(time, pa.scalar(until, time.type))
+        pc.greater_equal(time, pa.scalar(since, time.type)),
+        pc.less(time, pa.scalar(until, time.type)),
     )
     rows = flights.filter(inside).select(["flight_id", *INPUTS])
     pq.write_table(rows, path)
