@@ -48,4 +48,4 @@ def build(args: dict[str, Any]) -> Any:
     )
     served = ServedModels(answer=models[0], shadows=tuple(models[1:]), epoch=0)
     arguments = settings.model_dump(mode="json", by_alias=True)
-    return app.build(arguments, served.model_dump(mode="json"))
+    return app.bind(arguments, served.model_dump(mode="json"))

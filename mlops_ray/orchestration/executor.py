@@ -297,10 +297,10 @@ class Executor:
 
 
 def _as_step_error(error: Exception, step: str, run_id: str) -> StepError:
+    # Ray raises a mixture of its own error and the step's; only the cause reads as the step's.
     cause = getattr(error, "cause", None)
-    for candidate in (error, cause):
-        if isinstance(candidate, StepError):
-            return candidate
+    if isinstance(cause, StepError):
+        return cause
     if isinstance(error, MlopsRayError):
         return StepError(str(error), step=step, run_id=run_id)
     headline = str(error).strip().splitlines()[0] if str(error).strip() else ""

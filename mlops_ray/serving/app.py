@@ -60,11 +60,16 @@ class Replica:
         return self._endpoint.describe()
 
 
-def build(args: dict[str, Any], user_config: dict[str, Any] | None = None) -> Any:
+def build(args: dict[str, Any]) -> Any:
     """Return the Serve application for ``args`` (see ``Settings``).
 
-    ``user_config`` names the models, unless the deployment's configuration does.
+    The deployment's configuration names the models. Serve wants a builder with just one parameter.
     """
+    return bind(args)
+
+
+def bind(args: dict[str, Any], user_config: dict[str, Any] | None = None) -> Any:
+    """Return the Serve application for ``args`` with the models that ``user_config`` names."""
     from ray import serve
 
     serving = Settings.model_validate(args).serving

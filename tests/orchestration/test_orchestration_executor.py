@@ -101,7 +101,8 @@ def test_a_failed_run_goes_on_where_it_stopped_and_effects_happen_once(bench: Be
     with pytest.raises(StepError) as caught:
         bench.run(project)
     assert caught.value.step == "then"
-    assert "the first time it fails" in str(caught.value)
+    assert str(caught.value).startswith("step then: ValueError: the first time it fails\n  fix:")
+    assert "ValueError" in caught.value.detail
     record, states, executor = bench.run(project)
     assert record.run_id == caught.value.run_id
     assert set(states.values()) == {"succeeded"}
