@@ -15,6 +15,8 @@ Document = Mapping[str, Any]
 _MOST_FEATURES = 40
 _WEEK = timedelta(days=7)
 _DASH = "–"
+# Smaller differences print as zero, which is neither good nor bad.
+_SHOWN = 0.0005
 
 
 def render(document: Document) -> str:
@@ -320,6 +322,8 @@ def _gain(loop: float | None, static: float | None, *, up: bool) -> str:
     if loop is None or static is None:
         return _DASH
     gained = loop - static if up else static - loop
+    if abs(gained) < _SHOWN:
+        return "0.000"
     return f'<span class="{"good" if gained > 0 else "bad"}">{gained:+.3f}</span>'
 
 
@@ -343,7 +347,7 @@ def _duration(seconds: float | None) -> str:
     if seconds is None:
         return _DASH
     minutes, rest = divmod(round(seconds), 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes}:{rest:02} min"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} m {rest:02} s"
 
 
 def _day(moment: str | None) -> str:
