@@ -130,13 +130,14 @@ def _load(overrides: list[str]) -> tuple[Workspace, Project]:
 def _run(workspace: Workspace, project: Project, overrides: list[str]) -> RunRecord:
     from mlops_ray.cli.display import RunDisplay
     from mlops_ray.cluster.command import run_command
-    from mlops_ray.cluster.connect import connect
+    from mlops_ray.cluster.connect import connect, resolve_address
     from mlops_ray.orchestration.executor import Executor
     from mlops_ray.orchestration.graph import build
 
     build(project.workflow)
     with RunDisplay(project) as display:
-        display.say("starting Ray" if project.cluster.address is None else "joining Ray")
+        local = resolve_address(project.cluster) == "local"
+        display.say("starting Ray" if local else "joining Ray")
         connect(project.cluster, roots=workspace.projects)
         executor = Executor(
             project,

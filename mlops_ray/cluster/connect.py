@@ -23,6 +23,8 @@ def prepare_environment() -> None:
     before the import, driver, jobs, HTTP clients and actors agree.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Inside a Ray job, what we set is added to the job's own runtime environment, not refused.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING", "0")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import os
 import shlex
 import sys
@@ -14,6 +16,7 @@ from urllib.parse import urlparse
 from mlops_ray.cluster.connect import prepare_environment
 from mlops_ray.config.locate import default_home
 from mlops_ray.errors import ClusterError
+from mlops_ray.metadata.provenance import SOURCE_VARIABLE, source_state
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _EXCLUDES = (".git", ".venv", ".mlops-ray*", "**/__pycache__", "outputs", "multirun")
@@ -65,7 +68,7 @@ def _command(overrides: list[str]) -> list[str]:
 
 
 def _runtime_environment(directory: Path, local: bool) -> dict[str, Any]:
-    variables = {"PYTHONUNBUFFERED": "1"}
+    variables = {"PYTHONUNBUFFERED": "1", SOURCE_VARIABLE: json.dumps(source_state(directory))}
     if local:
         variables["MLOPS_RAY_HOME"] = str(default_home())
     return {"working_dir": str(directory), "excludes": list(_EXCLUDES), "env_vars": variables}
@@ -74,6 +77,7 @@ def _runtime_environment(directory: Path, local: bool) -> dict[str, Any]:
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except (RuntimeError, ConnectionError, ValueError) as error:

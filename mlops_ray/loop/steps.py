@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlops_ray.loop.controller import ControllerSpec
 from mlops_ray.loop.jobs import RetrainCommand
 from mlops_ray.loop.recording import Recording
 from mlops_ray.loop.results import MonitorHandle, ReplayResult
+from mlops_ray.metadata.provenance import SOURCE_VARIABLE
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.orchestration.context import Context
 
@@ -162,7 +164,8 @@ def _retrain_command(context: Context, loop: Loop) -> RetrainCommand | None:
     if not context.command:
         return None
     argv = (*context.command, f"workflow={loop.workflow}", "--defer-mirror")
-    return RetrainCommand(argv=argv, directory=_shipped_directory())
+    told = {k: v for k, v in os.environ.items() if k == SOURCE_VARIABLE}
+    return RetrainCommand(argv=argv, env=told, directory=_shipped_directory())
 
 
 def _shipped_directory() -> str | None:

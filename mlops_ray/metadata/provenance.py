@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 from mlops_ray.metadata.digest import digest_bytes, digest_json
 
 LOCK_FILE = "requirements.lock"
+SOURCE_VARIABLE = "MLOPS_RAY_SOURCE"
 _PACKAGES = ("mlops-ray", "ray", "torch", "pyarrow", "numpy", "mlflow", "deltalake", "lmdb")
 
 
@@ -22,11 +24,7 @@ def collect(folder: Path, config_digest: str, seed: int) -> dict[str, Any]:
 
     Values that cannot be known (no git, no lock file) are None. Digests are BLAKE2b-256.
     """
-    diff = _git(folder, "diff", "HEAD", "--", ".")
-    untracked = _git(folder, "ls-files", "--others", "--exclude-standard")
-    return {
-        "commit": _git(folder, "rev-parse", "HEAD"),
-        "dirty_digest": _dirty_digest(folder, diff, untracked),
+    return source_state(folder) | {
         "config_digest": config_digest,
         "lock_digest": lock_digest(folder),
         "seed": seed,
@@ -40,6 +38,20 @@ def collect(folder: Path, config_digest: str, seed: int) -> dict[str, Any]:
         "user": _user(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def source_state(folder: Path) -> dict[str, str | None]:
+    """Return the commit and the digest of uncommitted changes (``clean`` where there are none).
+
+    A folder that was shipped to a cluster has no git; then ``$MLOPS_RAY_SOURCE`` says what it was.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None and SOURCE_VARIABLE in os.environ:
+        told = json.loads(os.environ[SOURCE_VARIABLE])
+        return {name: told.get(name) for name in ("commit", "dirty_digest")}
+    diff = _git(folder, "diff", "HEAD", "--", ".")
+    untracked = _git(folder, "ls-files", "--others", "--exclude-standard")
+    return {"commit": commit, "dirty_digest": _dirty_digest(folder, diff, untracked)}
 
 
 def lock_digest(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -133,6 +134,17 @@ def test_mlflow_shows_the_run_its_steps_and_no_doubles(home: Home, ledger: Ledge
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_folder_that_was_shipped_is_what_the_sender_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"commit": "abc", "dirty_digest": "clean"}
+    monkeypatch.setenv("MLOPS_RAY_SOURCE", json.dumps(told))
+    assert collect(tmp_path, "c", 0) | told == collect(tmp_path, "c", 0)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "first", "--allow-empty")
+    assert collect(tmp_path, "c", 0)["commit"] != "abc"
 
 
 def test_provenance_tells_clean_from_dirty(tmp_path: Path) -> None:
