@@ -65,11 +65,16 @@ def plan(overrides: tuple[str, ...]) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Copy the run's report.html and report.json into this folder.",
 )
+@click.option("--fresh", is_flag=True, help="Begin a new run, also where one could go on.")
 @click.option(
     "--defer-mirror", is_flag=True, help="Leave writing this run to MLflow to the next run."
 )
 def run(
-    overrides: tuple[str, ...], multirun: bool, save_to: Path | None, defer_mirror: bool
+    overrides: tuple[str, ...],
+    multirun: bool,
+    save_to: Path | None,
+    fresh: bool,
+    defer_mirror: bool,
 ) -> None:
     """Run a workflow; an interrupted one goes on from its finished steps.
 
@@ -86,7 +91,7 @@ def run(
         if multirun:
             click.secho(f"[{number}/{len(loaded)}] {' '.join(combination)}", bold=True)
         try:
-            record = _run(workspace, project, combination)
+            record = _run(workspace, project, combination, fresh)
         except StepError:
             _mirror(project)
             raise
@@ -127,7 +132,7 @@ def _load(overrides: list[str]) -> tuple[Workspace, Project]:
     return workspace, load_project(workspace, overrides)
 
 
-def _run(workspace: Workspace, project: Project, overrides: list[str]) -> RunRecord:
+def _run(workspace: Workspace, project: Project, overrides: list[str], fresh: bool) -> RunRecord:
     from mlops_ray.cli.display import RunDisplay
     from mlops_ray.cluster.command import run_command
     from mlops_ray.cluster.connect import connect, resolve_address
@@ -146,7 +151,7 @@ def _run(workspace: Workspace, project: Project, overrides: list[str]) -> RunRec
             command=run_command(workspace.directory, project.home, overrides),
             listener=display.update,
         )
-        return executor.run()
+        return executor.run(fresh=fresh)
 
 
 def _mirror(project: Project) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import types
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -19,6 +20,7 @@ from mlops_ray.errors import ConfigError, Problem
 
 OWN_PACKAGE = "mlops_ray"
 _TARGET_KEYS = ("_target_", "uses", "read", "clean", "function")
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _GIVEN_BY_TRAINER = frozenset({"num_numeric", "cardinalities"})
 _GIVEN_BY_RUN = frozenset({"context"})
 
@@ -64,7 +66,11 @@ def is_allowed(target: str, packages: Iterable[str]) -> bool:
 
 def _target_problems(composed: Composed) -> Iterator[Problem]:
     packages = allowed_packages(composed.values)
+    seen: set[str] = set()
     for path, target in _targets(composed.values):
+        if target in seen:
+            continue  # inputs of steps repeat what other sections say
+        seen.add(target)
         file, line = composed.origin(path)
         if not is_allowed(target, packages):
             hint = f"Allowed are: {', '.join(packages)}. Add its package to 'allow' to trust it."
@@ -77,16 +83,15 @@ def _target_problems(composed: Composed) -> Iterator[Problem]:
 
 
 def _targets(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each dotted name with its path. Inputs of steps repeat other sections: left out."""
+    """Yield each dotted name that would be loaded, with its path."""
     if isinstance(value, dict):
         for key, item in value.items():
             here = f"{path}.{key}" if path else str(key)
-            if key in _TARGET_KEYS and isinstance(item, str):
-                yield here, item
-            elif not (key == "with" and path.startswith("workflow.")):
-                yield from _targets(item, here)
+            if isinstance(item, str) and (key in _TARGET_KEYS or here == "model.target"):
+                if key in ("_target_", "uses") or _DOTTED.fullmatch(item):
+                    yield here, item
             else:
-                yield from ((p, t) for p, t in _targets(item, here) if p.endswith("._target_"))
+                yield from _targets(item, here)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _targets(item, f"{path}.{index}")

@@ -64,6 +64,8 @@ def compose(workspace: Workspace, overrides: list[str]) -> Composed:
         raise ConfigError([_hydra_problem(error, loader)]) from error
     except yaml.YAMLError as error:
         raise ConfigError([_yaml_problem(error)]) from error
+    except ValueError as error:
+        raise ConfigError([Problem(_PRIMARY, f"{error}.", COMMAND_LINE)]) from error
     origins = _origins(loader, defaults, workspace.directory)
     for override in parsed:
         origins[override.key_or_group] = (COMMAND_LINE, None)

@@ -86,4 +86,13 @@ def _declared(file: Path) -> list[str]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([Problem("pyproject.toml", str(error), "pyproject.toml")]) from error
     names = content.get("tool", {}).get("mlops-ray", {}).get("projects", ["."])
+    if not isinstance(names, list):
+        hint = 'Write for example projects = ["."].'
+        raise ConfigError(
+            [
+                Problem(
+                    "tool.mlops-ray.projects", "expected a list of folders.", file.name, hint=hint
+                )
+            ]
+        )
     return [str(name) for name in names]

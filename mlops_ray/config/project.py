@@ -19,7 +19,7 @@ class Cluster(Frozen):
     """Which Ray to use: ``address`` local starts one here, auto or host:port joins one; None joins
     ``$RAY_ADDRESS`` where that is set (as it is inside a Ray job) and else starts one here.
 
-    ``num_cpus`` (local only) are logical CPUs; None takes the machine's, but at least four, since
+    ``num_cpus`` (local only) are logical CPUs; None takes the machine's, but at least eight, since
     the endpoint, the pipeline and two training workers each hold one while they mostly wait.
     """
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from mlops_ray.errors import ConfigError, Problem
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -38,7 +40,9 @@ def find(target: str) -> Signature | None:
             return _of_function(node, file)
         if isinstance(node, ast.ClassDef) and node.name == name:
             return _of_class(node, file)
-        if _binds(node, name):
+        if isinstance(node, ast.ImportFrom) and (origin := _origin(node, name, module)):
+            return find(origin)
+        if _assigns(node, name):
             return Signature(file, node.lineno, (), frozenset(), open=True)
     return None
 
@@ -74,7 +78,11 @@ def module_file(module: str) -> Path | None:
 
 @lru_cache(maxsize=256)
 def _parse_at(file: Path, _changed_ns: int) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    try:
+        return ast.parse(file.read_bytes(), filename=str(file))
+    except SyntaxError as error:
+        problem = Problem("syntax", f"{error.msg}.", str(file), error.lineno)
+        raise ConfigError([problem]) from error
 
 
 def _parse(file: Path) -> ast.Module:
@@ -109,9 +117,25 @@ def _of_class(node: ast.ClassDef, file: Path) -> Signature:
     return Signature(file, node.lineno, (), frozenset(), open=True)
 
 
-def _binds(node: ast.stmt, name: str) -> bool:
-    if isinstance(node, ast.ImportFrom | ast.Import):
-        return any((alias.asname or alias.name) == name for alias in node.names)
+def _origin(node: ast.ImportFrom, name: str, module: str) -> str | None:
+    """Return where a name comes from that a module imports from its own package, else None.
+
+    What it imports from elsewhere does not become its own: allowing a package must not allow all
+    that the package happens to import.
+    """
+    top = module.split(".")[0]
+    base = node.module or ""
+    if node.level:
+        base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
+    if base.split(".")[0] != top:
+        return None
+    for alias in node.names:
+        if (alias.asname or alias.name) == name:
+            return f"{base}.{alias.name}"
+    return None
+
+
+def _assigns(node: ast.stmt, name: str) -> bool:
     if isinstance(node, ast.Assign):
         return any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
     return False

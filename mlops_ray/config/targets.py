@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
 from mlops_ray.errors import MlopsRayError
+
+_ALLOWED: list[str] = []
+
+
+def allow(packages: Iterable[str]) -> None:
+    """From now on, ``load`` in this process only loads from these packages."""
+    _ALLOWED[:] = packages
 
 
 def load(target: str) -> Any:
     """Import and return what ``package.module.name`` names.
 
     Raises:
-        MlopsRayError: The module is not on the import path, fails while it is imported, or has no
-            such name.
+        MlopsRayError: The name is not in an allowed package, where ``allow`` has named any; or its
+            module is not on the import path, fails while it is imported, or has no such name.
     """
+    if _ALLOWED and not any(target.startswith(f"{package}.") for package in _ALLOWED):
+        raise MlopsRayError(
+            f"{target!r} is not on the allow-list",
+            fix=f"allowed are: {', '.join(_ALLOWED)}; add its package to 'allow' to trust it",
+        )
     module_name, _, name = target.rpartition(".")
     try:
         module = import_module(module_name)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mlops_ray.config.base import Component, Duration, Frozen
 
+SearchKey = Annotated[str, Field(pattern=r"^(training|model)\.[A-Za-z]\w*$")]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -56,7 +57,7 @@ class Tuning(Frozen):
     grace_epochs: int = Field(default=1, ge=1)
     reduction_factor: int = Field(default=2, ge=2)
     metric: Literal["auc", "log_loss"] = "auc"
-    space: dict[str, SearchDimension] = Field(default_factory=dict)
+    space: dict[SearchKey, SearchDimension] = Field(default_factory=dict)
 
 
 class Evaluation(Frozen):

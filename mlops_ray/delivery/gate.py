@@ -44,6 +44,8 @@ def _objection(challenger: Report, champion: Report | None, gate: Gate) -> str |
         return _below_floor(_metric(challenger, gate), gate)
     if _rows(challenger) != _rows(champion):
         return "the challenger and the champion were judged on different rows"
+    if champion.has_seen:
+        return "the champion was trained on rows that judge it here: train with a later until"
     gained = gain(challenger, champion, gate)
     if not math.isfinite(gained):
         return "the champion has a metric that is no number"
@@ -88,6 +90,7 @@ def _evidence(challenger: Report, champion: Report | None, gate: Gate) -> Eviden
         for name in ("rows", "positives", "auc", "log_loss", "calibration_error"):
             value = None if report is None else getattr(report, name)
             evidence[f"{role}_{name}"] = None if value is None else float(value)
+    evidence["champion_version"] = None if champion is None else champion.version
     for bound in ("since", "until"):
         moment = getattr(challenger, bound)
         evidence[bound] = None if moment is None else moment.isoformat()

@@ -40,6 +40,13 @@ def promote(context: Context, version: ModelVersion, decision: GateDecision) -> 
         return version
     registry = Registry(context.home)
     aliases = registry.aliases(version.name)
+    current = aliases.get(CHAMPION)
+    if current not in (None, version.version, decision.evidence.get("champion_version")):
+        reason = f"version {current} became champion after the challenger was judged"
+        context.reporter.event(
+            "rejection", model=version.name, version=version.version, reason=reason
+        )
+        return version
     registry.set_alias(version.name, CHAMPION, version.version)
     if FIRST not in aliases:
         registry.set_alias(version.name, FIRST, version.version)

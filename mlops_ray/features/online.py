@@ -70,6 +70,9 @@ class OnlineStore(Protocol):
     def batch(self) -> AbstractContextManager[None]:
         """Make all writes inside one atomic transaction."""
 
+    def clear(self) -> None:
+        """Forget everything."""
+
     def flush(self) -> None:
         """Make all that was written survive a crash of the machine."""
 
@@ -180,6 +183,13 @@ class LmdbStore:
             value = transaction.get(key)
             if value is None or int.from_bytes(value, "little", signed=True) < watermark_us:
                 transaction.put(key, watermark_us.to_bytes(8, "little", signed=True))
+
+    def clear(self) -> None:
+        """Forget everything, in place: readers that have the store open see it empty."""
+        environment = self._environment_for_writing()
+        database = environment.open_db()
+        with environment.begin(write=True) as transaction:
+            transaction.drop(database, delete=False)
 
     def flush(self) -> None:
         """Make all that was written survive a crash of the machine."""

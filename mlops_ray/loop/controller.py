@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from mlops_ray.config.base import Frozen
 from mlops_ray.config.monitoring import Loop, Monitoring
-from mlops_ray.errors import ClusterError, MonitoringError
+from mlops_ray.errors import ClusterError, MlopsRayError, MonitoringError
 from mlops_ray.loop.jobs import JobOutcome, Jobs, RetrainCommand
 from mlops_ray.loop.policy import Decision, LoopState, decide
 from mlops_ray.loop.state import ControllerState, StateStore, Trigger
@@ -158,14 +159,12 @@ class Controller:
         with self._turn:
             trigger = self._state.trigger
             if self._state.phase == "retraining" and trigger is not None:
-                try:
+                with suppress(MlopsRayError):  # asked again at the next poll
                     outcome = self._jobs.outcome(trigger.submission_id)
-                except ClusterError:
-                    return self.status()  # asked again at the next poll
-                if outcome.status == "lost" and trigger.submissions < _MOST_SUBMISSIONS:
-                    self._submit(trigger)
-                elif outcome.status != "running":
-                    self._finish(trigger, outcome, now)
+                    if outcome.status == "lost" and trigger.submissions < _MOST_SUBMISSIONS:
+                        self._submit(trigger)
+                    elif outcome.status != "running":
+                        self._finish(trigger, outcome, now)
             return self.status()
 
     def status(self) -> dict[str, Any]:

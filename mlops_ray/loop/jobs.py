@@ -59,7 +59,7 @@ class RayJobs:
             return
         try:
             self._client().submit_job(
-                entrypoint=shell_line(command, until),
+                entrypoint=shell_line(command, until, _address()),
                 submission_id=submission_id,
                 runtime_env=_runtime_env(command),
                 metadata={"mlops_ray": "retraining", "until": until},
@@ -105,12 +105,22 @@ class RayJobs:
         return self._connected
 
 
-def shell_line(command: RetrainCommand, until: str) -> str:
-    """Return the job's entry point: the command with its bound, quoted for a shell."""
-    line = shlex.join([*command.argv, f"until={until}"])
+def shell_line(command: RetrainCommand, until: str, address: str = "") -> str:
+    """Return the job's entry point: the command with its bound, quoted for a shell.
+
+    ``address`` is the cluster's: with two clusters on one host, Ray may tell the job the other's.
+    """
+    joined = [f"cluster.address={address}"] if address else []
+    line = shlex.join([*command.argv, *joined, f"until={until}"])
     if command.directory and "://" not in command.directory:
         return f"cd {shlex.quote(command.directory)} && exec {line}"
     return line
+
+
+def _address() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _runtime_env(command: RetrainCommand) -> dict[str, Any]:

@@ -26,12 +26,12 @@ def rewind(context: Context, project: str) -> bool:
         home.predictions(project),
         home.monitor(project),
     ]
-    known = [folder for folder in folders if folder.exists()]
-    if not known:
-        return False
     _take_down(project)
     with contextlib.suppress(MlopsRayError):
         stop(project)
+    known = [folder for folder in folders if folder.exists()]
+    if not known:
+        return False
     registry = Registry(home)
     for alias in (CHAMPION, FIRST):
         registry.remove_alias(project, alias)

@@ -64,6 +64,7 @@ def replay(
         monitoring: What the controller watches.
         loop: When it retrains.
     """
+    from mlops_ray.features.online import LmdbStore
     from mlops_ray.features.steps import open_pipeline
     from mlops_ray.features.tables import read_tables
     from mlops_ray.loop.actor import RemoteMonitor, ensure
@@ -76,6 +77,11 @@ def replay(
     traffic = Traffic(_table(found, labels.source), inputs, labels, replay.start, replay.end)
     spec = _spec(context, project, endpoint, monitoring, loop, virtual=True)
     handle = ensure(spec)
+    recording = Recording(context.home.run(context.run_id) / "replay")
+    if recording.cursor() is not None:
+        # It goes back to the day's start, and the online store, where the newest wins, does not.
+        # The offline store is never ahead of the cursor: the pipeline refills one from the other.
+        LmdbStore(context.home.online(context.project), features).clear()
     pipeline = open_pipeline(context, features, found)
 
     async def run() -> ReplayResult:
@@ -91,7 +97,7 @@ def replay(
                 client=client,
                 pipeline=pipeline,
                 monitor=RemoteMonitor(handle),
-                recording=Recording(context.home.run(context.run_id) / "replay"),
+                recording=recording,
                 say=lambda rows, message: context.reporter.progress(rows=rows, message=message),
             )
             return await replayer.run(endpoint.versions)
@@ -163,7 +169,7 @@ def _spec(
 def _retrain_command(context: Context, loop: Loop) -> RetrainCommand | None:
     if not context.command:
         return None
-    argv = (*context.command, f"workflow={loop.workflow}", "--defer-mirror")
+    argv = (*context.command, f"workflow={loop.workflow}", "--fresh", "--defer-mirror")
     told = {k: v for k, v in os.environ.items() if k == SOURCE_VARIABLE}
     return RetrainCommand(argv=argv, env=told, directory=_shipped_directory())
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from mlops_ray.config.base import Frozen, Instant
+from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.artifacts import ArtifactRef
 
 RunStatus = Literal["running", "succeeded", "failed", "interrupted"]
@@ -118,6 +119,19 @@ class Ledger:
 
     def __init__(self, url: str) -> None:
         self._engine = sa.create_engine(url)
+        try:
+            self._open()
+        except (OSError, sa.exc.DatabaseError) as error:
+            cause = getattr(error, "orig", None) or error
+            raise MlopsRayError(
+                "the ledger cannot be opened",
+                where=str(self._engine.url),
+                why=str(cause),
+                fix="check that its folder can be written and that the file is a ledger; to begin "
+                "anew, set MLOPS_RAY_HOME to another folder",
+            ) from error
+
+    def _open(self) -> None:
         if self._engine.dialect.name == "sqlite":
             if self._engine.url.database:
                 Path(self._engine.url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -141,10 +155,20 @@ class Ledger:
         ended = None if status == "running" else now()
         self._update(_RUNS, _RUNS.c.run_id == run_id, {"status": status, "ended_at": ended})
 
-    def take_run(self, run_id: str, owner: str) -> None:
-        """Make ``owner`` the process that carries the run on."""
+    def take_run(self, seen: RunRecord, owner: str, provenance: dict[str, Any]) -> bool:
+        """Make ``owner`` the process that carries a run on, with what it runs on now.
+
+        False where the run is no longer as it was ``seen``: another process was faster.
+        """
         values = {"status": "running", "owner": owner, "ended_at": None}
-        self._update(_RUNS, _RUNS.c.run_id == run_id, values)
+        unchanged = (
+            (_RUNS.c.run_id == seen.run_id)
+            & (_RUNS.c.owner == seen.owner)
+            & (_RUNS.c.status == seen.status)
+        )
+        statement = _RUNS.update().where(unchanged).values(**values, provenance=_cell(provenance))
+        with self._engine.begin() as connection:
+            return bool(connection.execute(statement).rowcount == 1)
 
     def update_step(self, run_id: str, name: str, **values: Any) -> None:
         """Change columns of a step; ``output`` takes an ``ArtifactRef``."""
@@ -208,6 +232,19 @@ class Ledger:
         query = (
             sa.select(_STEPS)
             .where((_STEPS.c.key == key) & _STEPS.c.status.in_(["succeeded", "cached"]))
+            .order_by(_STEPS.c.ended_at.desc())
+            .limit(1)
+        )
+        rows = self._rows(query)
+        return StepRecord(**_decode(rows[0])) if rows else None
+
+    def latest(self, project: str, step: str) -> StepRecord | None:
+        """Return the newest finished step of this name in any run of a project, or None."""
+        query = (
+            sa.select(_STEPS)
+            .join(_RUNS, _RUNS.c.run_id == _STEPS.c.run_id)
+            .where((_RUNS.c.project == project) & (_STEPS.c.name == step))
+            .where(_STEPS.c.status.in_(["succeeded", "cached"]))
             .order_by(_STEPS.c.ended_at.desc())
             .limit(1)
         )

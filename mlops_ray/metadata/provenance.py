@@ -49,7 +49,7 @@ def source_state(folder: Path) -> dict[str, str | None]:
     if commit is None and SOURCE_VARIABLE in os.environ:
         told = json.loads(os.environ[SOURCE_VARIABLE])
         return {name: told.get(name) for name in ("commit", "dirty_digest")}
-    diff = _git(folder, "diff", "HEAD", "--", ".")
+    diff = _git(folder, "diff", "--no-ext-diff", "--binary", "HEAD")
     untracked = _git(folder, "ls-files", "--others", "--exclude-standard")
     return {"commit": commit, "dirty_digest": _dirty_digest(folder, diff, untracked)}
 
@@ -81,11 +81,15 @@ def _dirty_digest(folder: Path, diff: str | None, untracked: str | None) -> str 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30, check=True
+            ["git", "-c", "core.quotepath=off", *arguments],
+            cwd=folder,
+            capture_output=True,
+            timeout=30,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.decode("utf-8", errors="backslashreplace").strip()
 
 
 def _version(name: str) -> str | None:

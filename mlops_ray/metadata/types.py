@@ -27,7 +27,8 @@ class Report(Frozen):
     """How good a model is on held-out rows.
 
     ``calibration`` holds, for each bin of predicted probability, (mean score, share of positives,
-    rows); ``calibration_error`` is the expected calibration error over them.
+    rows); ``calibration_error`` is the expected calibration error over them. ``version`` is set for
+    a registered model; ``has_seen`` where it was trained on some of the rows that judge it here.
     """
 
     rows: int
@@ -39,6 +40,8 @@ class Report(Frozen):
     slices: tuple[SliceMetrics, ...] = ()
     since: Instant | None = None
     until: Instant | None = None
+    version: int | None = None
+    has_seen: bool = False
 
 
 class GateDecision(Frozen):

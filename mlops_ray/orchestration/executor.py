@@ -22,13 +22,14 @@ from mlops_ray.metadata.provenance import collect
 from mlops_ray.orchestration import references
 from mlops_ray.orchestration.graph import Graph, build
 from mlops_ray.orchestration.plan import (
-    cached_output,
     config_digest,
-    finished_outputs,
+    done_effects,
+    intact,
+    key_in,
     packages_of,
     unfinished_run,
 )
-from mlops_ray.orchestration.resolution import arguments_of, key_of, resolve
+from mlops_ray.orchestration.resolution import arguments_of, resolve
 from mlops_ray.orchestration.worker import Task, execute
 
 Listener = Callable[[RunRecord, list[StepRecord]], None]
@@ -47,9 +48,10 @@ class _Attempt:
 
 @dataclass
 class _State:
-    """Where a run stands. ``over`` holds finished, cached and skipped steps alike."""
+    """Where a run stands. ``done`` are the effects of an earlier attempt; ``over`` also counts skips."""
 
     outputs: dict[str, ArtifactRef] = field(default_factory=dict)
+    done: dict[str, StepRecord] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     running: dict[str, _Attempt] = field(default_factory=dict)
 
@@ -88,14 +90,17 @@ class Executor:
         self._artifacts = ArtifactStore(self._home.artifacts)
         self._packages = packages_of(project)
 
-    def run(self) -> RunRecord:
+    def run(self, *, fresh: bool = False) -> RunRecord:
         """Run to the end, taking up an unfinished run of the same workflow and configuration.
+
+        Its effects are not repeated while their code and inputs are the same; what is pure comes
+        from the cache. ``fresh`` starts a new run in any case.
 
         Raises:
             StepError: A step failed. What was finished stays; the same call goes on from there.
             WorkflowError: Another process is running this very run.
         """
-        run, state = self._begin()
+        run, state = self._start() if fresh else self._begin()
         try:
             self._drive(run.run_id, state)
         except BaseException as error:
@@ -125,22 +130,26 @@ class Executor:
     def _begin(self) -> tuple[RunRecord, _State]:
         previous = unfinished_run(self._project, self._ledger)
         if previous is None:
-            return self._start(), _State()
+            return self._start()
         if previous.status == "running" and _is_alive(previous.owner):
             raise WorkflowError(
                 f"run {previous.run_id} of this workflow is running already",
                 where=previous.owner,
-                fix="wait for it, or follow it with `mlops-ray status`",
+                fix="wait for it, follow it with `mlops-ray status`, or begin anew with --fresh",
             )
-        self._ledger.take_run(previous.run_id, _owner())
-        outputs = finished_outputs(previous, self._ledger, self._artifacts)
-        outputs = {n: o for n, o in outputs.items() if self._graph.step(n).mode != "ensure"}
-        for name in set(self._graph.order) - set(outputs):
-            self._ledger.update_step(previous.run_id, name, status="pending", message=None)
-        self._event(previous.run_id, "run_resumed", finished=sorted(outputs))
-        return self._record(previous.run_id), _State(outputs=outputs)
+        done = done_effects(previous, self._graph, self._ledger)
+        if not self._ledger.take_run(previous, _owner(), self._provenance()):
+            raise WorkflowError(f"run {previous.run_id} was just taken up by another process")
+        for name in self._graph.order:
+            if name not in done:
+                self._ledger.update_step(previous.run_id, name, status="pending", message=None)
+        self._event(previous.run_id, "run_resumed", effects=sorted(done))
+        return self._record(previous.run_id), _State(done=done)
 
-    def _start(self) -> RunRecord:
+    def _provenance(self) -> dict[str, Any]:
+        return collect(self._directory, config_digest(self._project), self._project.seed)
+
+    def _start(self) -> tuple[RunRecord, _State]:
         digest = config_digest(self._project)
         record = RunRecord(
             run_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
@@ -152,11 +161,11 @@ class Executor:
             ended_at=None,
             owner=_owner(),
             config=self._project.model_dump(mode="json", by_alias=True),
-            provenance=collect(self._directory, digest, self._project.seed),
+            provenance=self._provenance(),
         )
         self._ledger.start_run(record, list(self._graph.order))
         self._event(record.run_id, "run_started")
-        return record
+        return record, _State()
 
     def _drive(self, run_id: str, state: _State) -> None:
         notified_s = 0.0
@@ -180,17 +189,29 @@ class Executor:
             state.skipped[name] = reason
             self._set(run_id, name, "skipped", message=reason, ended_at=now())
             return
-        step = self._graph.step(name)
-        key = None
-        if step.mode == "pure":
-            key = key_of(step, state.outputs, self._artifacts, self._packages)
-            found = cached_output(key, self._ledger, self._artifacts)
-            if found is not None:
-                state.outputs[name] = found
-                self._set(run_id, name, "cached", key=key, output=found, ended_at=now())
-                return
+        key = key_in(self._graph, name, state.outputs, self._artifacts, self._packages)
+        if self._is_done(run_id, name, key, state):
+            return
         self._set(run_id, name, "running", key=key, started_at=now(), ended_at=None)
         state.running[name] = _Attempt(self._submit(run_id, name, state), time.monotonic())
+
+    def _is_done(self, run_id: str, name: str, key: str | None, state: _State) -> bool:
+        """Take a step's output from the cache, or an effect's from this run's earlier attempt."""
+        mode = self._graph.step(name).mode
+        if key is None:
+            return False
+        record = self._ledger.cached(key) if mode == "pure" else state.done.get(name)
+        if record is None or record.key != key:
+            return False
+        output = intact(record, self._artifacts)
+        if output is None:
+            return False
+        state.outputs[name] = output
+        if mode == "pure":
+            kept = {"rows": record.rows, "metrics": record.metrics, "params": record.params}
+            moment = {"started_at": None, "ended_at": now()}
+            self._set(run_id, name, "cached", key=key, output=output, **kept, **moment)
+        return True
 
     def _reason_to_skip(self, name: str, state: _State) -> str | None:
         for other in sorted(self._graph.needs[name]):
@@ -215,6 +236,7 @@ class Executor:
             arguments=arguments_of(step, state.outputs, self._artifacts),
             roots=self._roots,
             command=self._command,
+            packages=tuple(self._packages),
         )
         options: dict[str, Any] = {
             "num_cpus": step.resources.num_cpus,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mlops_ray.config.check import allowed_packages
@@ -10,7 +11,7 @@ from mlops_ray.config.project import Project
 from mlops_ray.config.workflow import Step
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.digest import digest_json
-from mlops_ray.metadata.ledger import Ledger, RunRecord
+from mlops_ray.metadata.ledger import Ledger, RunRecord, StepRecord
 from mlops_ray.orchestration.graph import Graph
 from mlops_ray.orchestration.resolution import key_of
 
@@ -63,34 +64,59 @@ def unfinished_run(project: Project, ledger: Ledger) -> RunRecord | None:
 def make_plan(project: Project, graph: Graph, ledger: Ledger, artifacts: ArtifactStore) -> Plan:
     """Find out what a run would do, without running anything."""
     resumes = unfinished_run(project, ledger)
-    outputs = finished_outputs(resumes, ledger, artifacts)
+    done = done_effects(resumes, graph, ledger)
+    outputs: dict[str, ArtifactRef] = {}
     planned: list[PlannedStep] = []
+    assumed: set[str] = set()
     for name in graph.order:
-        item = _plan_step(name, graph, outputs, ledger, artifacts, packages_of(project))
+        item = _plan_step(name, graph, outputs, done, ledger, artifacts, packages_of(project))
+        doubts = sorted(graph.needs[name] & assumed)
+        if item.state == "cached" and doubts:
+            reason = f"same code and config, if {', '.join(doubts)} gives what it gave last"
+            item = replace(item, reason=reason)
+        if item.state == "run" and item.step.mode != "pure":
+            last = intact(ledger.latest(project.name, name), artifacts)
+            item = replace(item, output=last)
+            doubts = [name]
+        if doubts:
+            assumed.add(name)
         planned.append(item)
         if item.output is not None:
             outputs[name] = item.output
     return Plan(tuple(planned), resumes)
 
 
-def finished_outputs(
-    run: RunRecord | None, ledger: Ledger, artifacts: ArtifactStore
-) -> dict[str, ArtifactRef]:
-    """Return the outputs of the steps that a run has finished and whose artifacts are intact."""
+def done_effects(run: RunRecord | None, graph: Graph, ledger: Ledger) -> dict[str, StepRecord]:
+    """Return the effects that an unfinished run has had already, by step."""
     if run is None:
         return {}
     return {
-        record.name: record.output
+        record.name: record
         for record in ledger.steps(run.run_id)
-        if record.status in ("succeeded", "cached")
-        and record.output is not None
-        and artifacts.verify(record.output)
+        if record.status == "succeeded"
+        and record.name in graph.order
+        and graph.step(record.name).mode == "effect"
     }
 
 
-def cached_output(key: str, ledger: Ledger, artifacts: ArtifactStore) -> ArtifactRef | None:
-    """Return the output kept under a key, if its bytes are intact; a corrupt one is removed."""
-    record = ledger.cached(key)
+def key_in(
+    graph: Graph,
+    name: str,
+    outputs: Mapping[str, ArtifactRef],
+    artifacts: ArtifactStore,
+    packages: list[str],
+) -> str | None:
+    """Return the key of a step; None for one that makes a state so, which has none."""
+    step = graph.step(name)
+    if step.mode == "ensure":
+        return None
+    ensured = frozenset(other for other in graph.order if graph.step(other).mode == "ensure")
+    skip = ensured if step.mode == "effect" else frozenset()
+    return key_of(step, outputs, artifacts, packages, ensured=skip)
+
+
+def intact(record: StepRecord | None, artifacts: ArtifactStore) -> ArtifactRef | None:
+    """Return a finished step's output, if its bytes are as they were; a corrupt one is removed."""
     if record is None or record.output is None:
         return None
     if artifacts.verify(record.output):
@@ -103,6 +129,7 @@ def _plan_step(
     name: str,
     graph: Graph,
     outputs: dict[str, ArtifactRef],
+    done: Mapping[str, StepRecord],
     ledger: Ledger,
     artifacts: ArtifactStore,
     packages: list[str],
@@ -110,17 +137,20 @@ def _plan_step(
     step = graph.step(name)
     if step.mode == "ensure":
         return PlannedStep(name, step, "run", "makes a state so: runs every time")
-    if name in outputs:
-        return PlannedStep(
-            name, step, "finished", "done in the interrupted run", output=outputs[name]
-        )
-    waiting = sorted(other for other in graph.needs[name] if other not in outputs)
+    ensured = {other for other in graph.order if graph.step(other).mode == "ensure"}
+    known = set(outputs) | (ensured if step.mode == "effect" else set())
+    waiting = sorted(graph.needs[name] - known)
     if waiting:
         return PlannedStep(name, step, "depends", f"depends on {', '.join(waiting)}")
+    key = key_in(graph, name, outputs, artifacts, packages)
+    assert key is not None
     if step.mode == "effect":
+        before = done.get(name)
+        output = intact(before, artifacts) if before and before.key == key else None
+        if output is not None:
+            return PlannedStep(name, step, "finished", "done in that run", key, output)
         return PlannedStep(name, step, "run", "has effects: runs once in each run")
-    key = key_of(step, outputs, artifacts, packages)
-    found = cached_output(key, ledger, artifacts)
+    found = intact(ledger.cached(key), artifacts)
     if found is not None:
         return PlannedStep(name, step, "cached", "same code, config and inputs", key, found)
     return PlannedStep(name, step, "run", "no output with this key yet", key)

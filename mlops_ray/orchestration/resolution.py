@@ -27,10 +27,18 @@ def key_of(
     outputs: Mapping[str, ArtifactRef],
     artifacts: ArtifactStore,
     packages: Iterable[str],
+    *,
+    ensured: frozenset[str] = frozenset(),
 ) -> str:
-    """Return the key of a step whose inputs are all known."""
+    """Return the key of a step whose inputs are all known.
+
+    Outputs of the steps in ``ensured`` count by their name alone: an effect that has happened is not
+    undone because an endpoint that it used was brought up again.
+    """
 
     def digest(reference: Reference) -> Any:
+        if reference.step in ensured:
+            return {"$ensured": str(reference)}
         argument = resolve(reference, outputs, artifacts)
         if argument.ref is None:
             return {"$value": argument.value}

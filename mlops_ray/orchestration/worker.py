@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from mlops_ray.config.targets import load
+from mlops_ray.config.targets import allow, load
 from mlops_ray.errors import MlopsRayError, StepError, WorkflowError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.home import Home
@@ -39,6 +39,7 @@ class Task:
     arguments: dict[str, Any]
     roots: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
 
 
 class LedgerReporter:
@@ -92,6 +93,7 @@ def execute(task: Task) -> ArtifactRef:
         StepError: The step raised; carries the headline and the traceback.
     """
     sys.path[:0] = [root for root in task.roots if root not in sys.path]
+    allow(task.packages)
     home = Home(task.home)
     ledger = Ledger(home.ledger_url)
     try:

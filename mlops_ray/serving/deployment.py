@@ -6,8 +6,10 @@ replicas, while ``serve.run`` would restart them.
 
 from __future__ import annotations
 
+import fcntl
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mlops_ray.config.features import Features
@@ -44,8 +46,9 @@ def deploy(
 
     Starts Serve where it does not run. An endpoint that runs changes its models in place, without
     dropping a request; changed code or declarations start new replicas before the old ones go.
-    Other applications stay. Returns when every replica serves the models. Only one caller at a time
-    may deploy on a cluster: Serve takes the list of its applications as a whole.
+    Other applications stay. Returns when every replica serves the models. Callers of one home take
+    turns, since Serve takes the list of its applications as a whole; those of different homes must
+    not deploy at the same time on one cluster.
 
     Args:
         models: At least one.
@@ -56,6 +59,20 @@ def deploy(
         ServingError: A model is refused (the endpoint then goes on with what it served before), the
             application fails, or it is not ready within ``timeout_s``.
     """
+    with _alone(home):
+        return _deploy(project, home, serving, features, service, models, targets, timeout_s)
+
+
+def _deploy(
+    project: str,
+    home: Home,
+    serving: Serving,
+    features: Features,
+    service: str,
+    models: Sequence[ModelSpec],
+    targets: Iterable[str],
+    timeout_s: float,
+) -> Endpoint:
     runtime.start(serving)
     current = _details()
     previous = _deployed(current, project)
@@ -89,6 +106,14 @@ def deploy(
             fix="train again, or move the alias to another version",
         ) from refusal
     return Endpoint(name=project, url=url(serving), versions={m.alias: m.version for m in models})
+
+
+@contextmanager
+def _alone(home: Home) -> Iterator[None]:
+    home.root.mkdir(parents=True, exist_ok=True)
+    with (home.root / "deploy.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def url(serving: Serving) -> str:
@@ -221,9 +246,11 @@ def _ask_all(project: str, method: str, timeout_s: float) -> list[Any]:
     """Call a method of every replica; return the answers."""
     from ray import serve
 
-    answers: list[Any] = (
-        serve.get_app_handle(project).broadcast(method).results(timeout_s=timeout_s)
-    )
+    handle: Any = serve.get_app_handle(project)
+    if not handle.is_initialized:
+        # In throughput mode Serve would route in the caller's event loop, and there is none here.
+        handle._init(_run_router_in_separate_loop=True)
+    answers: list[Any] = handle.broadcast(method).results(timeout_s=timeout_s)
     return answers
 
 

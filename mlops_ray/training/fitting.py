@@ -37,6 +37,7 @@ class Prepared:
     reference: Reference
     train_rows: int
     validation_rows: int
+    seen_until: str
     digest: str
 
 
@@ -95,8 +96,15 @@ def prepare(
         reference=Reference.fit(columns, drift_bins),
         train_rows=train.num_rows,
         validation_rows=validation.num_rows,
+        seen_until=_newest(train, validation, labels.time),
         digest=_digest(folder, settings, encoder),
     )
+
+
+def _newest(train: pa.Table, validation: pa.Table, time: str) -> str:
+    """Return the newest prediction time that training or the choice of the epoch looked at."""
+    newest = max(pc.max(part[time]).as_py() for part in (train, validation) if part.num_rows)
+    return str(newest.isoformat())
 
 
 def pack(prepared: Prepared, trained: Trained, settings: Settings, path: Path) -> Path:
@@ -115,6 +123,7 @@ def pack(prepared: Prepared, trained: Trained, settings: Settings, path: Path) -
             "inputs_digest": prepared.digest,
             "train_rows": prepared.train_rows,
             "validation_rows": prepared.validation_rows,
+            "seen_until": prepared.seen_until,
             "seed": settings.seed,
             "best_epoch": trained.best_epoch,
             "validation_log_loss": best["validation_log_loss"],

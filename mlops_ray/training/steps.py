@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,12 @@ def evaluate_alias(
     version = Registry(context.home).find(f"{model_name}@{alias}")
     if version is None:
         return None
-    return evaluate(context, Path(version.package), data, evaluation)
+    report = evaluate(context, Path(version.package), data, evaluation)
+    seen_until = packages.read(Path(version.package)).manifest.training.get("seen_until")
+    has_seen = bool(
+        seen_until and report.since and datetime.fromisoformat(seen_until) >= report.since
+    )
+    return report.model_copy(update={"version": version.version, "has_seen": has_seen})
 
 
 def tune(

@@ -196,3 +196,38 @@ def test_group_choices_and_additions_work_as_in_hydra(workspace: Workspace) -> N
     assert project.serving.mode == "default"
     assert project.tuning.trials == 3
     assert project.loop.cooldown.days == 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "~model._target_ +model.target=os.getcwd",
+        "+workflow.steps.first.with.extra={sources: {x: {read: os.system}}}",
+        "workflow.steps.first.uses=mlops_ray.config.signatures.Path",
+        "workflow.steps.first.uses=mlops_ray.config.targets.import_module",
+        "+tuning.space={model._target_: {kind: choice, values: [os.system]}}",
+    ],
+)
+def test_there_is_no_way_around_the_allow_list(workspace: Workspace, override: str) -> None:
+    parts = override.split(" +", 1)
+    overrides = [parts[0], *(f"+{part}" for part in parts[1:])]
+    assert problems(workspace, *overrides)
+
+
+def test_a_worker_loads_only_what_is_allowed() -> None:
+    from mlops_ray.config import targets
+    from mlops_ray.errors import MlopsRayError
+
+    try:
+        targets.allow(["mlops_ray"])
+        assert targets.load("mlops_ray.config.base.Frozen")
+        with pytest.raises(MlopsRayError, match="not on the allow-list"):
+            targets.load("os.system")
+    finally:
+        targets.allow([])
+
+
+def test_a_syntax_error_in_the_projects_code_names_its_line(workspace: Workspace) -> None:
+    (workspace.directory / "shop_code/steps.py").write_text("def first(count):\n    return (\n")
+    with pytest.raises(ConfigError, match=r"steps\.py:2"):
+        load_project(workspace, ["workflow=small"])

@@ -210,3 +210,17 @@ def test_errors(store: LmdbStore, tmp_path: Path, shop: SimpleNamespace) -> None
         put(reader, ("north", 1), 1, 1, [1.0, 2.0])
     with pytest.raises(FeatureStoreError, match="features are due"):
         put(store, ("north", 1), 1, 1, [1.0])
+
+
+def test_cleared_in_place_readers_see_it_empty(
+    store: LmdbStore, tmp_path: Path, shop: SimpleNamespace
+) -> None:
+    put(store, ("north", 1), 100, 100, [1.0, 2.0])
+    store.move_watermark("price", 100)
+    reader = LmdbStore(tmp_path / "online", shop.features, readonly=True)
+    assert get(reader, ("north", 1), 100)[1] == [PRESENT, PRESENT]
+    store.clear()
+    assert get(reader, ("north", 1), 100)[1] == [NOT_FOUND, NOT_FOUND]
+    assert store.watermark("price") is None
+    put(store, ("north", 1), 50, 50, [3.0, 4.0])
+    assert get(reader, ("north", 1), 100)[0] == [3.0, 4.0]

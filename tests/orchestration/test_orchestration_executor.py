@@ -110,6 +110,41 @@ def test_a_failed_run_goes_on_where_it_stopped_and_effects_happen_once(bench: Be
     assert bench.count("effect") == bench.count("after") == 1
 
 
+def test_an_effect_whose_code_or_inputs_changed_happens_again_on_resume(bench: Bench) -> None:
+    project = bench.project(
+        effect={"uses": f"{HERE}.effect", "mode": "effect", "marks": True},
+        then={"uses": f"{HERE}.fail_once", "with": {"effect": "$effect"}, "marks": True},
+    )
+    with pytest.raises(StepError) as caught:
+        bench.run(project)
+    Ledger(bench.home.ledger_url).update_step(caught.value.run_id, "effect", key="of older code")
+    bench.run(project)
+    assert bench.count("effect") == 2
+
+
+def test_a_fresh_run_does_not_go_on_with_an_old_one(bench: Bench) -> None:
+    project = bench.project(
+        effect={"uses": f"{HERE}.effect", "mode": "effect", "marks": True},
+        then={"uses": f"{HERE}.fail_once", "with": {"effect": "$effect"}, "marks": True},
+    )
+    with pytest.raises(StepError) as caught:
+        bench.run(project)
+    record = Executor(project, directory=bench.marks).run(fresh=True)
+    assert record.run_id != caught.value.run_id
+    assert bench.count("effect") == 2
+
+
+def test_plan_assumes_that_what_must_run_gives_what_it_gave(bench: Bench) -> None:
+    steps = {k: v for k, v in chain().items() if k in ("numbers", "total")}
+    steps["numbers"]["mode"] = "ensure"
+    project = bench.project(**steps)
+    bench.run(project)
+    artifacts = ArtifactStore(bench.home.artifacts)
+    plan = make_plan(project, build(project.workflow), Ledger(bench.home.ledger_url), artifacts)
+    assert [s.state for s in plan.steps] == ["run", "cached"]
+    assert "if numbers gives what it gave last" in plan.steps[1].reason
+
+
 def test_retries_are_used_before_failing(bench: Bench) -> None:
     project = bench.project(
         effect={"uses": f"{HERE}.effect", "mode": "effect", "marks": True},
@@ -167,11 +202,13 @@ def test_plan_says_what_is_cached_without_running(bench: Bench) -> None:
 
 def test_one_process_at_a_time_owns_a_run(bench: Bench) -> None:
     project = bench.project(numbers={"uses": f"{HERE}.numbers", "with": {"count": "many"}})
-    with pytest.raises(StepError) as caught:
+    with pytest.raises(StepError):
         bench.run(project)
     from mlops_ray.orchestration import executor as module
 
     ledger = Ledger(bench.home.ledger_url)
-    ledger.take_run(caught.value.run_id, module._owner())
+    (seen,) = ledger.runs()
+    assert ledger.take_run(seen, module._owner(), {})
+    assert not ledger.take_run(seen, "another", {})
     with pytest.raises(WorkflowError, match="running already"):
         bench.run(project)
