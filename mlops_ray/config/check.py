@@ -12,7 +12,6 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from mlops_ray.config import signatures
-from mlops_ray.config.base import Component
 from mlops_ray.config.compose import Composed, compose
 from mlops_ray.config.locate import Workspace, default_home
 from mlops_ray.config.project import Project
@@ -37,14 +36,13 @@ def load_project(workspace: Workspace, overrides: list[str]) -> Project:
     if values.get("home") is None:
         values["home"] = str(default_home())
     workspace.import_roots()
-    problems = list(_target_problems(composed))
+    problems = [*_target_problems(composed), *_call_problems(composed)]
     project = None
     try:
         project = Project.model_validate(values)
     except ValidationError as error:
         problems += _schema_problems(error, composed)
     if project is not None:
-        problems += _call_problems(project, composed)
         problems += _reference_problems(project, composed)
     if problems:
         raise ConfigError(sorted(problems, key=lambda problem: (problem.file, problem.line or 0)))
@@ -146,16 +144,24 @@ def _strip(annotation: Any) -> Any:
     return annotation
 
 
-def _call_problems(project: Project, composed: Composed) -> Iterator[Problem]:
+def _calls(values: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], frozenset[str]]]:
+    """Yield path, target, arguments and implied arguments of each step and of the model."""
+    steps = (values.get("workflow") or {}).get("steps") or {}
+    for name, step in steps.items():
+        if isinstance(step, dict) and isinstance(step.get("with", {}), dict):
+            path = f"workflow.steps.{name}.with"
+            yield path, str(step.get("uses", "")), step.get("with", {}), _GIVEN_BY_RUN
+    model = values.get("model")
+    if isinstance(model, dict):
+        arguments = {name: value for name, value in model.items() if name != "_target_"}
+        yield "model", str(model.get("_target_", "")), arguments, _GIVEN_BY_TRAINER
+
+
+def _call_problems(composed: Composed) -> Iterator[Problem]:
     """Check what is passed to steps and to the model against what they take."""
-    calls = [
-        (f"workflow.steps.{name}.with", step.uses, step.inputs, _GIVEN_BY_RUN)
-        for name, step in project.workflow.steps.items()
-    ]
-    model: Component = project.model
-    calls.append(("model", model.target, model.arguments, _GIVEN_BY_TRAINER))
-    for path, target, given, implied in calls:
-        signature = signatures.find(target)
+    packages = allowed_packages(composed.values)
+    for path, target, given, implied in _calls(composed.values):
+        signature = signatures.find(target) if is_allowed(target, packages) else None
         if signature is None or signature.open:
             continue
         takes = [name for name in signature.parameters if name not in implied]
@@ -164,6 +170,10 @@ def _call_problems(project: Project, composed: Composed) -> Iterator[Problem]:
                 file, line = composed.origin(f"{path}.{name}")
                 hint = _did_you_mean(name, takes) or f"{target} takes: {', '.join(takes)}."
                 yield Problem(f"{path}.{name}", "unknown key.", file, line, hint)
+            elif given[name] is None and name in signature.never_none:
+                file, line = composed.origin(f"{path}.{name}")
+                what = f"{target} needs a value here, and it is null."
+                yield Problem(f"{path}.{name}", what, file, line)
         for name in sorted(signature.required - set(given) - implied):
             file, line = composed.origin(path)
             yield Problem(path, f"{target} needs {name!r}.", file, line)

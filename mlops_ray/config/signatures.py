@@ -19,7 +19,8 @@ from mlops_ray.errors import ConfigError, Problem
 class Signature:
     """Parameters of a function or of a class's constructor, without ``self``.
 
-    ``open`` says that further keyword arguments are taken, or that they cannot be known.
+    ``open`` says that further keyword arguments are taken, or that they cannot be known;
+    ``never_none`` are the parameters whose annotation leaves no room for None.
     """
 
     file: Path
@@ -27,6 +28,7 @@ class Signature:
     parameters: tuple[str, ...]
     required: frozenset[str]
     open: bool = False
+    never_none: frozenset[str] = frozenset()
 
 
 def find(target: str) -> Signature | None:
@@ -107,7 +109,16 @@ def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path) -> Si
         tuple(parameters),
         frozenset(required - {"self", "cls"}),
         open=arguments.kwarg is not None,
+        never_none=frozenset(
+            argument.arg
+            for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+            if argument.annotation is not None and _excludes_none(ast.unparse(argument.annotation))
+        ),
     )
+
+
+def _excludes_none(annotation: str) -> bool:
+    return not any(word in annotation for word in ("None", "Optional", "Any", "object"))
 
 
 def _of_class(node: ast.ClassDef, file: Path) -> Signature:

@@ -108,9 +108,11 @@ def test_all_problems_come_at_once(workspace: Workspace) -> None:
         "gate.metric=aux",
         "features.views.facts.ttl=soon",
         "nonsense=1",
+        "model.droput=0.3",
+        "+workflow.steps.second.with.etxra=2",
     )
     text = "\n".join(lines)
-    assert len(lines) == 5
+    assert len(lines) == 7
     for part in ("training.epochs", "serving.prot", "gate.metric", "views.facts.ttl", "nonsense"):
         assert part in text
     assert "Did you mean port?" in text
@@ -231,3 +233,13 @@ def test_a_syntax_error_in_the_projects_code_names_its_line(workspace: Workspace
     (workspace.directory / "shop_code/steps.py").write_text("def first(count):\n    return (\n")
     with pytest.raises(ConfigError, match=r"steps\.py:2"):
         load_project(workspace, ["workflow=small"])
+
+
+def test_a_null_where_a_step_needs_a_value_is_found(workspace: Workspace) -> None:
+    (workspace.directory / "shop_code/steps.py").write_text(
+        "def first(count: int, extra: int | None): ...\ndef second(context, table, extra=1): ...\n"
+    )
+    (line,) = problems(
+        workspace, "workflow.steps.first.with.count=null", "+workflow.steps.first.with.extra=null"
+    )
+    assert "workflow.steps.first.with.count: shop_code.steps.first needs a value here" in line
