@@ -111,7 +111,7 @@ def shell_line(command: RetrainCommand, until: str, address: str = "") -> str:
     ``address`` is the cluster's: with two clusters on one host, Ray may tell the job the other's.
     """
     joined = [f"cluster.address={address}"] if address else []
-    line = shlex.join([*command.argv, *joined, f"until={until}"])
+    line = shlex.join([*command.argv, f"until={until}", *joined])
     if command.directory and "://" not in command.directory:
         return f"cd {shlex.quote(command.directory)} && exec {line}"
     return line

@@ -83,7 +83,7 @@ def _tiles(summary: Document) -> str:
             f"p99 {_milliseconds(summary['p99_ms'])}",
             "",
         ),
-        ("Wall time", _duration(summary["wall_s"]), "of the replay", ""),
+        ("Wall time", _minutes(summary["wall_s"]), "of the replay", ""),
     ]
     cells = "".join(
         f'<div class="tile {style}"><span>{escape(name)}</span><b>{value}</b><i>{escape(note)}</i>'
@@ -343,11 +343,15 @@ def _milliseconds(value: float | None) -> str:
     return _DASH if value is None else f"{value:.3g} ms"
 
 
+def _minutes(seconds: float | None) -> str:
+    return _DASH if seconds is None else f"{seconds / 60:.1f} min"
+
+
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return _DASH
     minutes, rest = divmod(round(seconds), 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} m {rest:02} s"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes}:{rest:02} min"
 
 
 def _day(moment: str | None) -> str:

@@ -140,9 +140,9 @@ class Executor:
         done = done_effects(previous, self._graph, self._ledger)
         if not self._ledger.take_run(previous, _owner(), self._provenance()):
             raise WorkflowError(f"run {previous.run_id} was just taken up by another process")
-        for name in self._graph.order:
-            if name not in done:
-                self._ledger.update_step(previous.run_id, name, status="pending", message=None)
+        for step in self._ledger.steps(previous.run_id):
+            if step.status not in ("succeeded", "cached"):
+                self._ledger.update_step(previous.run_id, step.name, status="pending", message=None)
         self._event(previous.run_id, "run_resumed", effects=sorted(done))
         return self._record(previous.run_id), _State(done=done)
 

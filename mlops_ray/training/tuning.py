@@ -154,10 +154,6 @@ def _check(settings: Settings, tuning: Tuning) -> None:
     for key, dimension in tuning.space.items():
         where = f"tuning.space.{key}"
         room, _, field = key.partition(".")
-        if room not in ("training", "model") or not field:
-            raise TrainingError(
-                f"{key!r} names no setting", where=where, fix="use training.X or model.X"
-            )
         if room == "training" and field not in SEARCHABLE:
             raise TrainingError(
                 f"{key} cannot be searched over",

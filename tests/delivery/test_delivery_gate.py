@@ -140,7 +140,8 @@ def test_promote_moves_champion_and_sets_first_once(home: Home, tmp_path):
     context = Context("m", home, reporter=events)
 
     def promote(version: ModelVersion, passed: bool) -> None:
-        decision = GateDecision(passed=passed, reason="because", evidence={"gain": 0.1})
+        judged = {"gain": 0.1, "champion_version": registry.aliases("m").get("champion")}
+        decision = GateDecision(passed=passed, reason="because", evidence=judged)
         assert steps.promote(context, version, decision) == version
 
     promote(made[0], True)
@@ -150,9 +151,14 @@ def test_promote_moves_champion_and_sets_first_once(home: Home, tmp_path):
     promote(made[2], True)
     promote(made[2], True)
     assert registry.aliases("m") == {"champion": 3, "first": 1}
+    stale = GateDecision(passed=True, reason="better", evidence={"champion_version": 1})
+    steps.promote(context, made[1], stale)
+    assert registry.aliases("m") == {"champion": 3, "first": 1}
+    assert events.found[-1][0] == "rejection"
+    assert "version 3 became champion after" in events.found[-1][1]["reason"]
     kinds = [(kind, data.get("previous")) for kind, data in events.found]
     assert kinds[:3] == [("promotion", None), ("rejection", None), ("promotion", 1)]
-    assert events.found[0][1]["evidence"] == {"gain": 0.1}
+    assert events.found[0][1]["evidence"] == {"gain": 0.1, "champion_version": None}
 
 
 def test_the_step_records_its_decision():
@@ -165,3 +171,12 @@ def test_the_step_records_its_decision():
     assert events.found == [
         ("gate", {"passed": True, "reason": decision.reason, "evidence": decision.evidence})
     ]
+
+
+def test_a_champion_that_has_seen_the_rows_cannot_be_compared():
+    challenger = Report(rows=10, positives=5, auc=0.9, log_loss=0.4, calibration_error=0.1)
+    seen = challenger.model_copy(update={"auc": 0.5, "has_seen": True, "version": 4})
+    decision = decide(challenger, seen, Gate())
+    assert not decision.passed
+    assert "was trained on rows that judge it" in decision.reason
+    assert decision.evidence["champion_version"] == 4

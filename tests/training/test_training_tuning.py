@@ -34,7 +34,6 @@ def test_a_value_that_does_not_fit_is_refused():
     [
         ("training.workers", {"kind": "choice", "values": [1, 2]}, "cannot be searched"),
         ("training.epoch", {"kind": "choice", "values": [1, 2]}, "cannot be searched"),
-        ("learning_rate", {"kind": "uniform", "low": 0, "high": 1}, "names no setting"),
         ("model.dropout", {"kind": "uniform", "low": 1, "high": 0}, "low < high"),
         ("model.dropout", {"kind": "uniform", "low": 1}, "low < high"),
         ("model.dropout", {"kind": "loguniform", "low": 0, "high": 1}, "low > 0"),
