@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from mlops_ray.config.project import Project
     from mlops_ray.metadata.ledger import RunRecord
 
+_WAKE_UP_S = 0.5
 _REPORTS = ("report.html", "report.json")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
@@ -98,6 +100,8 @@ def run(
         if not defer_mirror:
             _mirror(project)
         _show_report(project, record, save_to)
+    if not multirun:
+        _stay(loaded[0][1])
 
 
 @click.command(short_help="Run a workflow as a Ray job; follow its output.")
@@ -152,6 +156,26 @@ def _run(workspace: Workspace, project: Project, overrides: list[str], fresh: bo
             listener=display.update,
         )
         return executor.run(fresh=fresh)
+
+
+def _stay(project: Project) -> None:
+    """Keep what a workflow brought up, where it lives on a Ray that would end with this command."""
+    from mlops_ray.cluster.connect import resolve_address
+    from mlops_ray.orchestration.graph import build
+
+    graph = build(project.workflow)
+    needed = {other for others in graph.after.values() for other in others}
+    leaves = [name for name in graph.order if name not in needed]
+    kept = [name for name in leaves if graph.step(name).mode == "ensure"]
+    if not kept or resolve_address(project.cluster) != "local":
+        return
+    click.echo(
+        f"{', '.join(kept)}: up until Ctrl-C, since Ray was started by this command. "
+        "To leave it running, `ray start --head` first."
+    )
+    while True:
+        # Ctrl-C may reach one of Ray's threads first; Python sees it when this one wakes up.
+        time.sleep(_WAKE_UP_S)
 
 
 def _mirror(project: Project) -> None:
