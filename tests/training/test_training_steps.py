@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,24 @@ def test_evaluate_names_what_is_missing(context, data, tmp_path):
 
 def test_an_alias_that_is_not_set_has_no_report(context, data):
     assert steps.evaluate_alias(context, "tiny", "champion", data, Evaluation()) is None
+
+
+@pytest.mark.parametrize(("seconds", "has_seen"), [(-1, False), (0, True), (86_400, True)])
+def test_a_champion_says_whether_it_has_seen_the_rows(context, data, tmp_path, seconds, has_seen):
+    from training.test_training_inference import make
+
+    from mlops_ray.registry.registry import Registry
+
+    made = make(tmp_path / "made")
+    since = steps.evaluate(context, made.path, data, Evaluation()).since
+    seen = {"seen_until": (since + timedelta(seconds=seconds)).isoformat()}
+    manifest = made.manifest.model_copy(update={"training": seen})
+    packages.write(tmp_path / "told", manifest, made.weights, made.reference)
+    report = steps.evaluate(context, made.path, data, Evaluation())
+    Registry(context.home).register("tiny", tmp_path / "told", report, {}, "champion")
+    found = steps.evaluate_alias(context, "tiny", "champion", data, Evaluation())
+    assert (found.version, found.has_seen) == (1, has_seen)
+    assert found.auc == report.auc
 
 
 def test_outside_a_run_two_fits_do_not_share_files(home: Home):
