@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 
-from mlops_ray.config.features import Features, FeatureView
+from mlops_ray.config.features import DType, Features, FeatureView, Source
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.columns import INSTANT, KEY_TYPES, duration_us
 from mlops_ray.metadata.digest import digest_json
@@ -15,14 +16,24 @@ from mlops_ray.metadata.digest import digest_json
 EVENT_TIME = "event_time"
 CREATED_TIME = "created_time"
 
+ARROW_TYPES: dict[DType, pa.DataType] = {
+    "string": pa.string(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp": INSTANT,
+}
+_TOLD_ONLY = {"description", "owner", "tags"}
+
 
 @dataclass(frozen=True)
 class ViewDefinition:
     """A view with its entity's keys.
 
-    ``digest`` covers all that decides the content of its rows: the view, its keys and its source;
-    not the TTL, which acts on reading, nor descriptions. A view that is declared anew therefore has
-    new tables, and never rows of two kinds in one.
+    ``digest`` covers all that decides the content of its rows: the view, its keys and what it is made
+    from; not the TTL, which acts on reading, nor what is only told to people. Of a view without
+    windows it leaves out the columns: they may be added to, and older rows then have nulls. Anything
+    else that is declared anew makes a view of new tables, and never rows of two kinds in one.
     """
 
     name: str
@@ -31,8 +42,13 @@ class ViewDefinition:
     digest: str
 
     @property
+    def features(self) -> dict[str, DType]:
+        """The features and their types, in declared order."""
+        return self.view.features
+
+    @property
     def feature_names(self) -> tuple[str, ...]:
-        """The names of the features, in storage order."""
+        """The names of the features, in declared order."""
         return self.view.feature_names
 
     @property
@@ -42,10 +58,11 @@ class ViewDefinition:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The schema of stored rows: keys, event time, created time, features."""
+        """The schema of feature rows: keys, event time, created time, features."""
         keys = [pa.field(name, KEY_TYPES[dtype]) for name, dtype in self.keys.items()]
         times = [pa.field(EVENT_TIME, INSTANT), pa.field(CREATED_TIME, INSTANT)]
-        return pa.schema(keys + times + [pa.field(n, pa.float64()) for n in self.feature_names])
+        features = [pa.field(name, ARROW_TYPES[dtype]) for name, dtype in self.features.items()]
+        return pa.schema(keys + times + features)
 
 
 def define(features: Features, name: str) -> ViewDefinition:
@@ -67,11 +84,27 @@ def define(features: Features, name: str) -> ViewDefinition:
             where=f"features.views.{name}",
             fix="rename the columns in the source's clean function",
         )
+    told = _TOLD_ONLY | {"ttl", "freshness"} | (set() if view.windows else {"columns"})
     content = {
-        "view": view.model_dump(mode="json", exclude={"ttl", "description"}),
+        "view": view.model_dump(mode="json", exclude=told),
         "keys": list(keys.items()),
-        "source": features.sources[view.source].model_dump(
-            mode="json", exclude={"expectations", "description"}
-        ),
+        "origin": _origin(features, view),
     }
     return ViewDefinition(name, view, keys, digest_json(content))
+
+
+def source_of(features: Features, name: str) -> Source:
+    """Return the source that a view is made from in the end, over other views if need be."""
+    view = features.views[name]
+    while view.view is not None:
+        view = features.views[view.view]
+    assert view.source is not None
+    return features.sources[view.source]
+
+
+def _origin(features: Features, view: FeatureView) -> Any:
+    if view.view is not None:
+        return define(features, view.view).digest
+    assert view.source is not None
+    source = features.sources[view.source]
+    return source.model_dump(mode="json", exclude=_TOLD_ONLY | {"expectations"})

@@ -10,7 +10,7 @@ from mlops_ray.features.service import (
     Columns,
     feature_columns,
     find_service,
-    request_function,
+    on_demand_features,
     view_columns,
 )
 
@@ -31,7 +31,7 @@ class OnlineLookup:
     def __init__(self, features: Features, service: str, store: OnlineStore) -> None:
         declared = find_service(features, service)
         self._time = declared.time
-        self._request = request_function(declared)
+        self._on_demand = on_demand_features(features, service)
         numeric, categorical = feature_columns(features, service)
         self._order = (*numeric, *categorical)
         self._keys = [
@@ -55,5 +55,5 @@ class OnlineLookup:
         if self._reader is not None:
             keys = [[inputs[key] for key in names] for names in self._keys]
             columns.update(zip(self._names, self._reader.read_values(keys, at_us).T, strict=True))
-        columns.update(self._request(inputs))
+        columns.update(self._on_demand(inputs, columns))
         return {name: columns[name] for name in self._order}

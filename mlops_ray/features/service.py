@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlops_ray.config.features import Features, FeatureService, RequestFeatures, RequestField
+from mlops_ray.config.features import Features, FeatureService, OnDemandView, RequestField
 from mlops_ray.config.targets import load
 from mlops_ray.errors import FeatureStoreError, SchemaError
 from mlops_ray.features.columns import column, instants, wrong_type
@@ -54,12 +54,26 @@ def view_columns(features: Features, view: str) -> tuple[str, ...]:
 def feature_columns(features: Features, service: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of a model's numeric and categorical inputs, each in the model's order.
 
-    The views' features come first, in the service's order, then the request features.
+    The views' features come first, in the service's order, then those computed on demand. Strings
+    are categorical; timestamps are given to on-demand functions only.
     """
     declared = find_service(features, service)
-    numeric = [name for view in declared.views for name in view_columns(features, view)]
-    request = declared.request or _NO_REQUEST_FEATURES
-    return (*numeric, *request.numeric), tuple(request.categorical)
+    numeric, categorical = [], []
+    for view in declared.views:
+        for name, dtype in features.views[view].features.items():
+            if dtype == "string":
+                categorical.append(f"{view}__{name}")
+            elif dtype != "timestamp":
+                numeric.append(f"{view}__{name}")
+    for on_demand in on_demand_views(features, service):
+        numeric.extend(on_demand.numeric)
+        categorical.extend(on_demand.categorical)
+    return tuple(numeric), tuple(categorical)
+
+
+def on_demand_views(features: Features, service: str) -> list[OnDemandView]:
+    """Return the views that a service computes at request time."""
+    return [features.on_demand[name] for name in features.services[service].on_demand]
 
 
 def inputs_of(table: pa.Table, service: FeatureService) -> Columns:
@@ -75,55 +89,59 @@ def inputs_of(table: pa.Table, service: FeatureService) -> Columns:
     return {name: _input(table, name, field) for name, field in service.inputs.items()}
 
 
-def request_features(service: FeatureService, inputs: Columns) -> Columns:
-    """Return the request features of some inputs: float64 arrays and object arrays of ``str``.
+def on_demand_features(features: Features, service: str) -> Callable[[Columns, Columns], Columns]:
+    """Return what computes a service's on-demand features, its functions already imported.
+
+    It takes the service's inputs and the stored features by column name, arrays [n], and returns
+    float64 arrays and object arrays of ``str``.
 
     Raises:
-        SchemaError: The project's function left out a feature, or gave it another length.
+        MlopsRayError: A function cannot be imported.
+        SchemaError: When called: a function left out a feature, or gave it another length.
     """
-    if service.request is None:
-        return {}
-    rows = len(inputs[service.time])
-    return _compute(load(service.request.function), service.request, inputs, rows)
+    time = features.services[service].time
+    views: list[tuple[RequestFunction, OnDemandView]] = [
+        (load(view.function), view) for view in on_demand_views(features, service)
+    ]
 
+    def compute(inputs: Columns, stored: Columns) -> Columns:
+        columns: Columns = {}
+        for function, view in views:
+            given = inputs | {name: stored[name] for name in view.features}
+            columns |= _compute(function, view, given, len(inputs[time]))
+        return columns
 
-def request_function(service: FeatureService) -> Callable[[Columns], Columns]:
-    """Return ``request_features`` of a service with its function already imported."""
-    request, time = service.request, service.time
-    if request is None:
-        return lambda inputs: {}
-    function: RequestFunction = load(request.function)
-    return lambda inputs: _compute(function, request, inputs, len(inputs[time]))
+    return compute
 
 
 def _compute(
-    function: RequestFunction, request: RequestFeatures, inputs: Columns, rows: int
+    function: RequestFunction, view: OnDemandView, inputs: Columns, rows: int
 ) -> Columns:
     output = function(inputs)
     columns: Columns = {}
-    for name in request.numeric:
-        columns[name] = np.asarray(_output(output, name, request), np.float64)
-    for name in request.categorical:
-        columns[name] = np.asarray(_output(output, name, request), object)
+    for name in view.numeric:
+        columns[name] = np.asarray(_output(output, name, view), np.float64)
+    for name in view.categorical:
+        columns[name] = np.asarray(_output(output, name, view), object)
     for name, values in columns.items():
         if values.shape != (rows,):
             raise SchemaError(
-                f"request feature {name!r} has shape {values.shape} for {rows} rows",
-                where=request.function,
+                f"on-demand feature {name!r} has shape {values.shape} for {rows} rows",
+                where=view.function,
                 fix="return one value for each row",
             )
     return columns
 
 
-def _output(output: Mapping[str, Any], name: str, request: RequestFeatures) -> Any:
+def _output(output: Mapping[str, Any], name: str, view: OnDemandView) -> Any:
     try:
         return output[name]
     except KeyError as error:
         raise SchemaError(
             f"the function returned no feature {name!r}",
-            where=request.function,
+            where=view.function,
             why=f"it returned {', '.join(output)}",
-            fix="return it, or take it out of the service's request features",
+            fix="return it, or take it out of the on-demand view's features",
         ) from error
 
 
@@ -151,4 +169,3 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "float": lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
     "bool": pa.types.is_boolean,
 }
-_NO_REQUEST_FEATURES = RequestFeatures(function="builtins.dict")

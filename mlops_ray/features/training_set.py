@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mlops_ray.config.features import Features, FeatureService
+from mlops_ray.config.features import Features
 from mlops_ray.errors import SchemaError
 from mlops_ray.features.asof import asof_join
 from mlops_ray.features.columns import (
@@ -25,7 +25,13 @@ from mlops_ray.features.columns import (
 )
 from mlops_ray.features.definitions import CREATED_TIME, EVENT_TIME, define
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.service import find_service, inputs_of, request_features, view_columns
+from mlops_ray.features.service import (
+    find_service,
+    inputs_of,
+    on_demand_features,
+    on_demand_views,
+    view_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,9 @@ def build_training_set(
     """Return the training set of a service, and what became of the label source's rows.
 
     Columns: id, time, known_at, label (int8, or float64 where the source's is a float), the service's
-    other inputs, ``<view>__<feature>`` float64, then request features, float64 and string. A request
-    feature takes the place of an input of the same name. Rows are sorted by (time, id). The same
-    arguments give the same bytes, whenever and wherever.
+    other inputs, ``<view>__<feature>`` in its declared type, then on-demand features, float64 and
+    string. An on-demand feature takes the place of an input of the same name. Rows are sorted by
+    (time, id). The same arguments give the same bytes, whenever and wherever.
 
     Args:
         features: The declarations.
@@ -143,7 +149,7 @@ def build_training_set(
         columns.setdefault(name, rows[name] if name in rows.column_names else _missing(rows, name))
     for view in declared.views:
         columns |= join_view(features, view, rows, features.labels.time, store, versions.get(view))
-    columns |= _request_columns(declared, rows, features)
+    columns |= _on_demand_columns(features, service, rows, columns)
     return pa.table(columns).combine_chunks(), count
 
 
@@ -159,18 +165,24 @@ def _label_columns(rows: pa.Table, features: Features) -> dict[str, Any]:
     }
 
 
-def _request_columns(
-    service: FeatureService, rows: pa.Table, features: Features
+def _on_demand_columns(
+    features: Features, service: str, rows: pa.Table, stored: Mapping[str, Any]
 ) -> dict[str, pa.Array]:
-    computed = request_features(service, inputs_of(rows, service))
+    declared = features.services[service]
+    given = {
+        name: np.asarray(stored[name].to_numpy(zero_copy_only=False))
+        for view in on_demand_views(features, service)
+        for name in view.features
+    }
+    computed = on_demand_features(features, service)(inputs_of(rows, declared), given)
     labels = features.labels
     taken = {labels.id, labels.time, labels.known_at, labels.label} & set(computed)
     if taken:
         raise SchemaError(
-            f"request features may not be called {', '.join(sorted(taken))}",
-            where=service.request.function if service.request else "",
+            f"on-demand features may not be called {', '.join(sorted(taken))}",
+            where=f"features.services.{service}.on_demand",
             why="the label's columns have these names",
-            fix="give the request features other names",
+            fix="give the features other names",
         )
     return {name: _arrow(values) for name, values in computed.items()}
 

@@ -23,7 +23,7 @@ from mlops_ray.config.features import Features
 from mlops_ray.config.project import BatchPredict
 from mlops_ray.errors import DataError, SchemaError, ServingError, SourceError
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.service import find_service, inputs_of, request_features
+from mlops_ray.features.service import find_service, inputs_of, on_demand_features
 from mlops_ray.features.training_set import join_view
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.orchestration.context import Context
@@ -64,6 +64,7 @@ class Scorer:
 
         self._plan = plan
         self._service = find_service(plan.features, plan.service)
+        self._on_demand = on_demand_features(plan.features, plan.service)
         self._store = _Snapshot(plan.offline, plan.features)
         self._predictor = Predictor(package.read(plan.package))
 
@@ -88,7 +89,7 @@ class Scorer:
             columns |= {
                 name: values.to_numpy(zero_copy_only=False) for name, values in joined.items()
             }
-        columns |= request_features(self._service, inputs_of(rows, self._service))
+        columns |= self._on_demand(inputs_of(rows, self._service), columns)
         return _scored(rows, self._predictor.predict(columns), self._plan)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from mlops_ray.config.features import Features
 from mlops_ray.config.serving import Serving
 from mlops_ray.errors import ServingError
+from mlops_ray.features.service import on_demand_views
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.serving import runtime
@@ -162,8 +163,7 @@ class _RefusedError(Exception):
 
 
 def _functions(features: Features, service: str) -> list[str]:
-    request = features.services[service].request
-    return [] if request is None else [request.function]
+    return [view.function for view in on_demand_views(features, service)]
 
 
 def _application(settings: Settings, environment: Config, prefix: str) -> Config:

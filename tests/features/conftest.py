@@ -125,11 +125,14 @@ def declare(**changes: Any) -> Features:
                     "weight": {"dtype": "float", "nullable": True},
                 },
                 "time": "at",
-                "request": {
-                    "function": "shop_project.moment",
-                    "numeric": ["hour"],
-                    "categorical": ["shop_name"],
-                },
+                "on_demand": ["moment"],
+            }
+        },
+        "on_demand": {
+            "moment": {
+                "function": "shop_project.moment",
+                "numeric": ["hour"],
+                "categorical": ["shop_name"],
             }
         },
         "labels": {

@@ -162,13 +162,12 @@ def test_wrong_columns_are_named(shop: SimpleNamespace, built: SimpleNamespace) 
     ("function", "message"),
     [("too_short", "has shape"), ("leaves_out", "returned no feature 'shop_name'")],
 )
-def test_a_wrong_request_function_is_named(
+def test_a_wrong_on_demand_function_is_named(
     shop: SimpleNamespace, built: SimpleNamespace, function: str, message: str
 ) -> None:
-    buys = shop.features.services["buys"]
-    request = buys.request.model_copy(update={"function": f"shop_project.{function}"})
-    services = {"buys": buys.model_copy(update={"request": request})}
-    shop.features = shop.features.model_copy(update={"services": services})
+    moment = shop.features.on_demand["moment"]
+    changed = moment.model_copy(update={"function": f"shop_project.{function}"})
+    shop.features = shop.features.model_copy(update={"on_demand": {"moment": changed}})
     with pytest.raises(SchemaError, match=message):
         build(shop, built)
 

@@ -84,11 +84,14 @@ def features() -> Features:
                         "at": {"dtype": "timestamp"},
                     },
                     "time": "at",
-                    "request": {
-                        "function": "serving.shop.facts",
-                        "numeric": ["amount", "hour"],
-                        "categorical": ["coupon"],
-                    },
+                    "on_demand": ["facts"],
+                }
+            },
+            "on_demand": {
+                "facts": {
+                    "function": "serving.shop.facts",
+                    "numeric": ["amount", "hour"],
+                    "categorical": ["coupon"],
                 }
             },
             "labels": {

@@ -57,11 +57,14 @@ def features() -> Features:
                     "views": [],
                     "inputs": {"at": {"dtype": "timestamp"}},
                     "time": "at",
-                    "request": {
-                        "function": "samples.request",
-                        "numeric": NUMERIC,
-                        "categorical": CATEGORICAL,
-                    },
+                    "on_demand": ["facts"],
+                }
+            },
+            "on_demand": {
+                "facts": {
+                    "function": "samples.request",
+                    "numeric": NUMERIC,
+                    "categorical": CATEGORICAL,
                 }
             },
             "labels": {
