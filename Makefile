@@ -4,15 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo demo-quick test lint types imports unit format lock clean
+.PHONY: help setup servers demo demo-quick test lint types imports unit format lock clean
 
 help:
-	@echo "make setup       virtual environment in $(VENV), everything installed as locked"
+	@echo "make setup       virtual environment in $(VENV), everything installed as locked; Redis for the tests"
 	@echo "make demo        the whole loop on a year of flights (about a quarter of an hour)"
 	@echo "make demo-quick  the same on one airport and one quarter (a few minutes)"
 	@echo "make test        lint, types, import contract, all tests"
 
-setup: $(READY)
+setup: $(READY) servers
+
+# Redis, which some tests and benchmarks run against; elsewhere nothing needs it.
+servers:
+	@sh setup/servers.sh
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -3,11 +3,13 @@
 with mlops_ray.connect("project=flights") as flights:
     run = flights.run("train")
     print(run.outputs["evaluate"])
+    flights.features.get("weather", {"origin": "JFK"})
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +17,11 @@ from typing import Any, Self
 from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import Workspace, open_workspace
 from mlops_ray.config.project import Project
+from mlops_ray.features.plan import FeaturePlan, record
+from mlops_ray.features.store import FeatureStore
+from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import RunRecord
+from mlops_ray.metadata.types import FeatureVersions
 
 
 class Run:
@@ -51,6 +57,43 @@ class _Outputs(Mapping[str, Any]):
         return len(self._names)
 
 
+class ProjectFeatures(FeatureStore):
+    """The feature store of a session's project, with what needs a cluster to be done."""
+
+    def __init__(self, session: Session) -> None:
+        project = session.project
+        super().__init__(project.features, Home(project.home), project.name)
+        self._session = session
+
+    def apply(self) -> FeaturePlan:
+        """Make the store what the definitions say; return what there was to do.
+
+        Rows that are due are made by the workflow ``features``, which goes on where it was
+        interrupted. What is served changes when all rows of a view are there.
+
+        Raises:
+            FeatureStoreError: A change cannot be made; nothing was touched.
+        """
+        plan = self.plan()
+        plan.enforce()
+        if plan.rows_due:
+            self._session.run("features")
+        else:
+            record(self.features, self.offline)
+        return plan
+
+    def materialize(self, until: datetime | str | None = None) -> FeatureVersions:
+        """Advance every view to ``until``, offline and online; None: as the project is configured.
+
+        Returns:
+            The versions of the views' offline tables.
+        """
+        moment = until.isoformat() if isinstance(until, datetime) else until
+        given = [] if moment is None else [f"until='{moment}'"]
+        output = self._session.run("features", *given).outputs["materialize"]
+        return FeatureVersions.model_validate(output)
+
+
 class Session:
     """A project on a Ray cluster. Use it with ``with``: leaving it leaves a joined cluster running
     and ends one that was started here."""
@@ -59,6 +102,7 @@ class Session:
         self._workspace = workspace
         self._overrides = overrides
         self.project: Project = load_project(workspace, list(overrides))
+        self.features = ProjectFeatures(self)
 
     def run(self, workflow: str, *overrides: str) -> Run:
         """Run a workflow to its end; an unfinished run of it goes on.

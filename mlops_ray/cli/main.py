@@ -23,6 +23,7 @@ Examples:
   mlops-ray check project=flights
   mlops-ray run workflow=train project=flights training.epochs=2
   mlops-ray run workflow=train project=flights training.learning_rate=3e-3,1e-3 -m
+  mlops-ray features get weather origin=JFK project=flights
   ray job submit --working-dir . -- mlops-ray run workflow=train project=flights
 """
 
@@ -36,6 +37,7 @@ class Verbs(click.Group):
         "plan": "mlops_ray.cli.workflow:plan",
         "run": "mlops_ray.cli.workflow:run",
         "submit": "mlops_ray.cli.workflow:submit",
+        "features": "mlops_ray.cli.features:features",
         "status": "mlops_ray.cli.status:status",
         "models": "mlops_ray.cli.models:models",
         "doctor": "mlops_ray.cli.doctor:doctor",

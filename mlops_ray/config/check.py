@@ -18,7 +18,7 @@ from mlops_ray.config.project import Project
 from mlops_ray.errors import ConfigError, Problem
 
 OWN_PACKAGE = "mlops_ray"
-_TARGET_KEYS = ("_target_", "uses", "read", "clean", "function")
+_TARGET_KEYS = ("_target_", "uses", "read", "clean", "function", "check")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _GIVEN_BY_TRAINER = frozenset({"num_numeric", "cardinalities"})
 _GIVEN_BY_RUN = frozenset({"context"})

@@ -59,9 +59,28 @@ def normalise_instants(table: pa.Table) -> pa.Table:
     """Return the table with every timestamp column as ``timestamp[us, UTC]``; naive ones are UTC."""
     for index, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type != INSTANT:
-            cast = table.column(index).cast(INSTANT, safe=False)
+            cast = to_instants(table.column(index), field.name)
             table = table.set_column(index, pa.field(field.name, INSTANT), cast)
     return table
+
+
+def to_instants(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Return timestamps or dates as ``timestamp[us, UTC]``; naive ones are UTC.
+
+    What is finer than a microsecond is cut off towards the past, so that no row seems to be there
+    before it was, nor after 1970 where it was before.
+
+    Raises:
+        SchemaError: A time is too far away for whole microseconds in 64 bits.
+    """
+    if pa.types.is_timestamp(values.type) and values.type.unit == "ns":
+        values = pc.floor_temporal(values, unit="microsecond")
+    try:
+        return values.cast(INSTANT)
+    except pa.ArrowInvalid as error:
+        raise SchemaError(
+            "a time is out of range", where=where, why=str(error), fix="correct or drop the row"
+        ) from error
 
 
 def instants(table: pa.Table, name: str, where: str) -> NDArray[np.int64]:
@@ -73,7 +92,7 @@ def instants(table: pa.Table, name: str, where: str) -> NDArray[np.int64]:
     values = column(table, name, where)
     if not (pa.types.is_timestamp(values.type) or pa.types.is_date(values.type)):
         raise wrong_type(name, "timestamp", values.type, where)
-    whole = values.cast(INSTANT, safe=False).cast(pa.int64())
+    whole = to_instants(values, where).cast(pa.int64())
     return np.asarray(pc.fill_null(whole, NO_TIME).to_numpy(), np.int64)
 
 

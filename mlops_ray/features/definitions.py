@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,8 @@ ARROW_TYPES: dict[DType, pa.DataType] = {
     "timestamp": INSTANT,
 }
 _TOLD_ONLY = {"description", "owner", "tags"}
+_SECRET = re.compile("password|secret|token|credential|access.?key|account.?key|api.?key", re.I)
+_USER = re.compile(r"://[^/@\s]+@")
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,18 @@ def define(features: Features, name: str) -> ViewDefinition:
             where=f"features.views.{name}",
             fix="rename the columns in the source's clean function",
         )
+    return ViewDefinition(name, view, keys, digest_json(content_of(features, name)))
+
+
+def content_of(features: Features, name: str) -> dict[str, Any]:
+    """Return all that a view's digest covers, as a JSON value."""
+    view = features.views[name]
     told = _TOLD_ONLY | {"ttl", "freshness"} | (set() if view.windows else {"columns"})
-    content = {
+    return {
         "view": view.model_dump(mode="json", exclude=told),
-        "keys": list(keys.items()),
+        "keys": list(features.entities[view.entity].keys.items()),
         "origin": _origin(features, view),
     }
-    return ViewDefinition(name, view, keys, digest_json(content))
 
 
 def source_of(features: Features, name: str) -> Source:
@@ -107,4 +115,16 @@ def _origin(features: Features, view: FeatureView) -> Any:
         return define(features, view.view).digest
     assert view.source is not None
     source = features.sources[view.source]
-    return source.model_dump(mode="json", exclude=_TOLD_ONLY | {"expectations"})
+    return without_secrets(source.model_dump(mode="json", exclude=_TOLD_ONLY | {"expectations"}))
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a JSON value with passwords and keys masked: they open a source and make no row."""
+    if isinstance(value, dict):
+        return {
+            name: "***" if _SECRET.search(name) and isinstance(item, str) else without_secrets(item)
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    return _USER.sub("://", value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Expectations: what a source's columns must hold after cleaning."""
+"""Expectations: what a source's rows must hold after cleaning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlops_ray.config.features import Expectation
-from mlops_ray.errors import ExpectationError, SchemaError
+from mlops_ray.config.targets import load
+from mlops_ray.errors import ExpectationError, MlopsRayError, SchemaError, SourceError
 from mlops_ray.features.columns import column, wrong_type
 
 _TYPES = {
@@ -25,7 +26,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class ExpectationResult:
-    """One check of one column: what was expected, what was seen."""
+    """One check: what was expected of ``column``, or of the whole table by a function, what was seen."""
 
     column: str
     check: str
@@ -35,6 +36,8 @@ class ExpectationResult:
     severity: str
 
     def __str__(self) -> str:
+        if not self.column:
+            return f"{self.check}: {self.observed}"
         return f"{self.column}: {self.check} should be {self.expected}, is {self.observed}"
 
 
@@ -62,6 +65,9 @@ def evaluate(
     """
     results: list[ExpectationResult] = []
     for expectation in expectations:
+        if expectation.check is not None:
+            results.append(_custom(table, expectation, expectation.check, where))
+            continue
         try:
             values = _typed_column(table, expectation, where)
         except SchemaError as error:
@@ -87,18 +93,44 @@ def enforce(results: Sequence[ExpectationResult], where: str = "source") -> None
         )
 
 
+def _custom(
+    table: pa.Table, expectation: Expectation, target: str, where: str
+) -> ExpectationResult:
+    try:
+        answer = load(target)(table)
+    except MlopsRayError:
+        raise
+    except Exception as error:
+        raise SourceError(
+            f"{target} failed",
+            where=f"{where}.expectations",
+            why=f"{type(error).__name__}: {error}",
+            fix="call the function in a Python shell to see the whole error",
+        ) from error
+    if answer is not True and not isinstance(answer, str):
+        raise SourceError(
+            f"{target} returned {answer!r}",
+            where=f"{where}.expectations",
+            fix="return True where the table is right, or a sentence that says what is wrong",
+        )
+    observed = "so" if answer is True else answer
+    return ExpectationResult("", target, "right", observed, answer is True, expectation.severity)
+
+
 def _typed_column(table: pa.Table, expectation: Expectation, where: str) -> pa.ChunkedArray:
-    values = column(table, expectation.column, where)
+    name = expectation.column
+    assert name is not None
+    values = column(table, name, where)
     kind = values.type
     if pa.types.is_dictionary(kind):
         values, kind = values.cast(kind.value_type), kind.value_type
     if expectation.dtype is not None and not _TYPES[expectation.dtype](kind):
-        raise wrong_type(expectation.column, expectation.dtype, kind, where)
+        raise wrong_type(name, expectation.dtype, kind, where)
     bounded = expectation.minimum is not None or expectation.maximum is not None
     if bounded and not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-        raise wrong_type(expectation.column, "a number", kind, where)
+        raise wrong_type(name, "a number", kind, where)
     if expectation.allowed is not None and not _TYPES["string"](kind):
-        raise wrong_type(expectation.column, "string", kind, where)
+        raise wrong_type(name, "string", kind, where)
     return values
 
 
@@ -153,7 +185,7 @@ def _result(
     expectation: Expectation, check: str, expected: str, observed: str, passed: bool
 ) -> ExpectationResult:
     severity = expectation.severity
-    return ExpectationResult(expectation.column, check, expected, observed, passed, severity)
+    return ExpectationResult(expectation.column or "", check, expected, observed, passed, severity)
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,6 @@ from mlops_ray.features.service import (
     feature_columns,
     find_service,
     on_demand_features,
-    view_columns,
 )
 
 
@@ -37,7 +36,6 @@ class OnlineLookup:
         self._keys = [
             tuple(features.entities[features.views[v].entity].keys) for v in declared.views
         ]
-        self._names = [name for view in declared.views for name in view_columns(features, view)]
         self._reader = store.reader(declared.views) if declared.views else None
 
     def __call__(self, inputs: Columns) -> Columns:
@@ -54,6 +52,6 @@ class OnlineLookup:
         columns: Columns = {}
         if self._reader is not None:
             keys = [[inputs[key] for key in names] for names in self._keys]
-            columns.update(zip(self._names, self._reader.read_values(keys, at_us).T, strict=True))
+            columns.update(self._reader.read_columns(keys, at_us))
         columns.update(self._on_demand(inputs, columns))
         return {name: columns[name] for name in self._order}

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from mlops_ray.config.features import Features
-from mlops_ray.errors import FeatureStoreError
-from mlops_ray.features.columns import from_us, instants, to_us
-from mlops_ray.features.definitions import CREATED_TIME, EVENT_TIME, ViewDefinition, define
+from mlops_ray.features.arrivals import prepare
+from mlops_ray.features.columns import from_us, to_us
+from mlops_ray.features.course import SPREAD_ROWS, Course
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import OnlineStore
-from mlops_ray.features.streams import (
-    FeatureRows,
-    Stream,
-    WindowStream,
-    open_stream,
-    table_of,
-)
-
-RAY_ROWS = 10_000
-_ONE_BY_ONE = 256
 
 
 class FeaturePipeline:
     """Advances every view of a feature store through time.
 
-    Backfill and incremental advance are the same: ``advance(until)`` takes the source rows that
-    may be used from some moment in (last advance, until] on, and writes the feature rows that
-    follow from them. Online they are seen at once, offline with the next ``commit``. The offline
-    watermark of each view says where a new pipeline takes up; rows that were not committed are then
-    computed again, to the same bits. After an error, open a new pipeline.
+    Backfill and incremental advance are the same: ``advance(until)`` takes the rows that may be used
+    from some moment in (last advance, until] on, and writes the feature rows that follow from them.
+    Online they are seen at once, offline with the next ``commit``. The offline watermark of each view
+    says where a new pipeline takes up; rows that were not committed are then computed again, to the
+    same bits. After an error, open a new pipeline.
+
+    More rows than memory should hold are made on disk, by tasks of the Ray cluster where one is up,
+    and are committed at once; see ``backfill``.
 
     Args:
         features: The declarations.
-        tables: All cleaned rows of each source, by its name.
+        tables: All cleaned rows of each source, by its name; or the folder of their files, which
+            saves a copy where there are many.
         offline: The offline store.
         online: The online store, open for writing.
-        ray_rows: From how many new source rows of a view on it is computed on Ray Data, where Ray
-            is up; below, in process.
+        views: Which views, all when None. A view's origin must be among them.
+        spread_rows: From how many waiting rows of a view on they are made on disk.
+        live: Events come in by ``extend``, stamped after the last advance. Else their views advance
+            no further than to the last event that is in the tables: later ones may be on their way.
 
     Raises:
         FeatureStoreError: A source's table is not given.
@@ -52,36 +48,45 @@ class FeaturePipeline:
     def __init__(
         self,
         features: Features,
-        tables: Mapping[str, pa.Table],
+        tables: Mapping[str, pa.Table] | Path,
         offline: OfflineStore,
         online: OnlineStore,
         *,
-        ray_rows: int = RAY_ROWS,
+        views: Collection[str] | None = None,
+        spread_rows: int = SPREAD_ROWS,
+        live: bool = False,
     ) -> None:
         self._features = features
-        self._offline = offline
         self._online = online
-        self._ray_rows = ray_rows
-        self._streams: dict[str, Stream] = {}
-        self._pending: dict[str, list[FeatureRows]] = {name: [] for name in features.views}
-        self._until_us: dict[str, int | None] = {}
-        self._versions: dict[str, int] = {}
-        for name in features.views:
-            self._open(name, tables)
+        self._courses: dict[str, Course] = {}
+        for name in features.view_order:
+            if views is None or name in views:
+                view = features.views[name]
+                upstream = None if view.view is None else self._courses[view.view]
+                self._courses[name] = Course(
+                    features, name, tables, offline, online, upstream, spread_rows, live
+                )
 
     @property
     def versions(self) -> dict[str, int]:
         """The version of each view's offline table after the last commit, −1 for no table."""
-        return dict(self._versions)
+        named = [name for name in self._features.views if name in self._courses]
+        return {name: self._courses[name].version for name in named}
 
     @property
     def newest(self) -> datetime | None:
         """The last moment at which a source row arrives, None where there are no rows."""
-        last = [s.source.rows.arrival_us[-1] for s in self._streams.values() if s.source.rows]
+        last = [c.newest_us for c in self._courses.values() if c.newest_us is not None]
         return from_us(max(last)) if last else None
 
+    @property
+    def done(self) -> datetime | None:
+        """The furthest moment to which a view was advanced, None where none was."""
+        done = [c.done_us for c in self._courses.values() if c.done_us is not None]
+        return from_us(max(done)) if done else None
+
     def advance(self, until: datetime, commit: bool = True) -> int:
-        """Bring every view up to ``until``; return how many feature rows were written.
+        """Bring every view up to ``until``; return how many feature rows were made.
 
         A boundary of a window is complete, and emitted, only when ``until`` has reached it.
         Moments before the last advance change nothing.
@@ -91,19 +96,20 @@ class FeaturePipeline:
             commit: Also write the rows to the offline store now.
         """
         until_us = to_us(until)
-        written = 0
+        made = sum(course.advance(until_us) for course in self._courses.values())
         with self._online.batch():
-            for name, stream in self._streams.items():
-                for rows in self._take(stream, until_us):
-                    self._write_online(stream, rows)
-                    self._pending[name].append(rows)
-                    written += len(rows)
-                self._online.move_watermark(name, until_us)
-                done_us = self._until_us[name]
-                self._until_us[name] = until_us if done_us is None else max(until_us, done_us)
-        if commit:
+            for course in self._courses.values():
+                course.write_online()
+        # Rows of another generation can only be replaced as a whole, from the offline store.
+        if commit or any(course.stale for course in self._courses.values()):
             self.commit()
-        return written
+        return made
+
+    def extend(self, source: str, table: pa.Table) -> None:
+        """Take in cleaned rows that a source has got since; none arrived before the last advance."""
+        for name, course in self._courses.items():
+            if self._features.views[name].source == source:
+                course.extend([prepare(course.origin, table)])
 
     def commit(self) -> dict[str, int]:
         """Write what was advanced since the last commit offline, one Delta commit per view.
@@ -112,90 +118,14 @@ class FeaturePipeline:
             The version of each view's table.
         """
         self._online.flush()
-        due = [name for name in self._pending if self._is_due(name)]
+        due = [course for course in self._courses.values() if course.is_due]
         with ThreadPoolExecutor(max_workers=max(1, len(due))) as pool:
-            versions = pool.map(self._commit_view, due)
-            self._versions |= dict(zip(due, versions, strict=True))
-        return self.versions
-
-    def _is_due(self, name: str) -> bool:
-        """A view without new rows needs no commit, but for the one that makes its table."""
-        new = bool(self._pending[name]) or self._versions[name] < 0
-        return new and self._until_us[name] is not None
-
-    def _commit_view(self, name: str) -> int:
-        stream, pending = self._streams[name], self._pending[name]
-        watermark_us = self._until_us[name]
-        assert watermark_us is not None
-        tables = []
-        if pending:
-            tables = [table_of(stream.definition, stream.source, FeatureRows.join(pending))]
-        version = self._offline.append(name, tables, watermark_us)
-        pending.clear()
-        return version
-
-    def _open(self, name: str, tables: Mapping[str, pa.Table]) -> None:
-        definition = define(self._features, name)
-        source = definition.view.source
-        if source not in tables:
-            raise FeatureStoreError(
-                f"the table of source {source!r} is not given",
-                where=f"features.views.{name}",
-                fix=f"give the step the cleaned table as tables.{source}",
-            )
-        stored_us = self._offline.watermark(name)
-        declared = self._features.sources[source]
-        stream = open_stream(definition, declared, tables[source], stored_us)
-        self._streams[name] = stream
-        self._until_us[name] = stored_us
-        self._versions[name] = self._offline.version(name)
-        if stored_us is not None:
-            self._restore_online(definition, stored_us)
-
-    def _restore_online(self, definition: ViewDefinition, stored_us: int) -> None:
-        """Fill the online store from the offline one where it lags behind, as after its loss."""
-        online_us = self._online.watermark(definition.name)
-        if online_us is not None and online_us >= stored_us:
-            return
-        table = self._offline.read(definition.name)
-        keys = [table[name].to_numpy() for name in definition.keys]
-        matrix = np.column_stack(
-            [table[name].to_numpy() for name in definition.feature_names]
-        ).astype(np.float64)
-        null = np.column_stack(
-            [table[name].is_null().to_numpy() for name in definition.feature_names]
-        )
-        event_us = instants(table, EVENT_TIME, definition.name)
-        created_us = instants(table, CREATED_TIME, definition.name)
+            ours = list(pool.map(Course.commit, due))
         with self._online.batch():
-            self._online.write(definition.name, keys, event_us, created_us, matrix, null)
-            self._online.move_watermark(definition.name, stored_us)
-
-    def _take(self, stream: Stream, until_us: int) -> Iterator[FeatureRows]:
-        many = stream.waiting(until_us) >= self._ray_rows
-        if many and isinstance(stream, WindowStream) and _ray_is_up():
-            from mlops_ray.features.backfill import backfill
-
-            yield from backfill(stream, until_us)
-            return
-        rows = stream.advance(until_us)
-        if len(rows):
-            yield rows
-
-    def _write_online(self, stream: Stream, rows: FeatureRows) -> None:
-        newest = rows.newest() if len(rows) > _ONE_BY_ONE else rows
-        keys = [values[newest.entity] for values in stream.source.key_arrays]
-        self._online.write(
-            stream.definition.name,
-            keys,
-            newest.event_us,
-            newest.created_us,
-            newest.values,
-            newest.null,
-        )
-
-
-def _ray_is_up() -> bool:
-    import ray
-
-    return bool(ray.is_initialized())
+            for course, own in zip(due, ours, strict=True):
+                if own:
+                    course.move_cursor()
+        for course, own in zip(due, ours, strict=True):
+            if not own:
+                course.catch_up()
+        return self.versions

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
 
-from mlops_ray.config.base import Instant
+from mlops_ray.config.base import Duration, Instant
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
-from mlops_ray.features import expectations
+from mlops_ray.features import expectations, parity
+from mlops_ray.features.code import code_digest_of
+from mlops_ray.features.materialize import materialize_view
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.online import LmdbStore
+from mlops_ray.features.online import open_online
+from mlops_ray.features.parity import ParityReport
 from mlops_ray.features.pipeline import FeaturePipeline
-from mlops_ray.features.sources import clean_source, find_source, read_source
-from mlops_ray.features.tables import read_tables, write_tables
-from mlops_ray.features.training_set import build_training_set
+from mlops_ray.features.plan import make_plan, record
+from mlops_ray.features.reproduction import make_training_set
+from mlops_ray.features.sources import clean_source, extract_source, find_source
+from mlops_ray.features.tables import read_tables
 from mlops_ray.metadata.types import FeatureVersions
 from mlops_ray.orchestration.context import Context
+
+_RETENTION = timedelta(days=7)
 
 
 def extract(context: Context, features: Features) -> Path:
     """Read all raw rows of every source, with timestamps as ``timestamp[us, UTC]``.
 
-    Returns a folder with one Arrow file for each source.
+    Returns a folder with one Arrow file for each source. New messages of topics are fetched.
 
     Raises:
         SourceError: A source cannot be read.
     """
-    tables = {}
-    for name, source in features.sources.items():
+    folder = context.scratch()
+    total = 0
+    for name in features.sources:
         context.reporter.progress(message=f"reading {name}")
-        tables[name] = read_source(source, f"features.sources.{name}")
-        context.reporter.metric(f"rows_{name}", tables[name].num_rows)
-    context.reporter.progress(rows=_rows(tables), message="read")
-    return write_tables(context.scratch(), tables)
+        rows = extract_source(features, name, folder, context.home.events(context.project))
+        context.reporter.metric(f"rows_{name}", rows)
+        total += rows
+    context.reporter.progress(rows=total, message="read")
+    return folder
 
 
 def clean(context: Context, features: Features, raw: Path) -> Path:
@@ -49,29 +59,20 @@ def clean(context: Context, features: Features, raw: Path) -> Path:
         SchemaError: A column is missing or has the wrong type.
         ExpectationError: Expectations of severity fail do not hold.
     """
-    tables = {}
-    for name, table in read_tables(raw).items():
+    folder = context.scratch()
+    total = 0
+    for name in sorted(file.stem for file in raw.glob("*.arrow")):
         context.reporter.progress(message=f"cleaning {name}")
-        tables[name] = _clean_one(context, features, name, table)
-        context.reporter.metric(f"rows_{name}", tables[name].num_rows)
-        context.reporter.metric(f"rows_dropped_{name}", table.num_rows - tables[name].num_rows)
-    context.reporter.progress(rows=_rows(tables), message="cleaned")
-    return write_tables(context.scratch(), tables)
-
-
-def _clean_one(context: Context, features: Features, name: str, raw: pa.Table) -> pa.Table:
-    where = f"features.sources.{name}"
-    declared = find_source(features, name)
-    table = clean_source(declared, raw, where)
-    results = expectations.evaluate(table, declared.expectations, where)
-    for result in results:
-        context.reporter.event("expectation", source=name, **asdict(result))
-    expectations.enforce(results, where)
-    return table
-
-
-def _rows(tables: dict[str, pa.Table]) -> int:
-    return sum(table.num_rows for table in tables.values())
+        find_source(features, name)
+        cleaned = clean_source(features, name, raw, folder)
+        for result in cleaned.results:
+            context.reporter.event("expectation", source=name, **asdict(result))
+        expectations.enforce(cleaned.results, f"features.sources.{name}")
+        context.reporter.metric(f"rows_{name}", cleaned.rows)
+        context.reporter.metric(f"rows_dropped_{name}", cleaned.dropped)
+        total += cleaned.rows
+    context.reporter.progress(rows=total, message="cleaned")
+    return folder
 
 
 def materialize(
@@ -81,10 +82,11 @@ def materialize(
     until: Instant | None = None,
     advance: bool = True,
 ) -> FeatureVersions:
-    """Advance every view to ``until`` (None: the last moment at which a source row arrives).
+    """Apply the definitions and advance every view to ``until`` (None: the last source row's arrival).
 
     Offline rows are appended, the online store keeps the newest of each entity. It goes on from the
-    stored watermarks, so what is stored already is not computed again.
+    stored watermarks, so what is stored already is not computed again. A view that is declared anew,
+    or whose project code changed, is made anew; what is served changes when all its rows are there.
 
     Args:
         context: Of the run.
@@ -93,12 +95,16 @@ def materialize(
         until: Nothing that is known later is used.
         advance: False leaves the stores alone and returns the versions at which they stand: for a
             retraining beside something else that keeps them fresh.
+
+    Raises:
+        FeatureStoreError: A declared change cannot be made, or no source has a row.
     """
+    store = open_offline(context, features)
     if not advance:
-        store = OfflineStore(context.home.offline(context.project), features)
-        versions = {name: store.version(name) for name in features.views}
-        return FeatureVersions(versions=versions, until=until)
-    pipeline = open_pipeline(context, features, read_tables(tables))
+        return _versions(features, store, {n: store.version(n) for n in features.views}, until)
+    plan = make_plan(features, store)
+    plan.enforce()
+    pipeline = open_pipeline(context, features, tables)
     moment = until or pipeline.newest
     if moment is None:
         raise FeatureStoreError(
@@ -108,18 +114,26 @@ def materialize(
         )
     context.reporter.progress(rows=0, message=f"features until {moment:%Y-%m-%d %H:%M}")
     rows = pipeline.advance(moment)
+    record(features, store)
     context.reporter.progress(rows=rows, message=f"features until {moment:%Y-%m-%d %H:%M}")
     context.reporter.metric("rows_written", rows)
-    return FeatureVersions(versions=pipeline.versions, until=moment, rows_written=rows)
+    for change in plan.changes:
+        if change.action not in ("unchanged", "undeclared"):
+            context.reporter.event("feature_view_applied", **change.model_dump(mode="json"))
+    return _versions(features, store, pipeline.versions, moment, rows)
+
+
+def open_offline(context: Context, features: Features) -> OfflineStore:
+    """Return the offline store of the run's project."""
+    return OfflineStore(context.home.offline(context.project), features)
 
 
 def open_pipeline(
-    context: Context, features: Features, tables: dict[str, pa.Table]
+    context: Context, features: Features, tables: Mapping[str, pa.Table] | Path
 ) -> FeaturePipeline:
     """Return the pipeline over a project's stores, at their watermarks."""
-    offline = OfflineStore(context.home.offline(context.project), features)
-    online = LmdbStore(context.home.online(context.project), features)
-    return FeaturePipeline(features, tables, offline, online)
+    online = open_online(features, context.home.online(context.project), context.project)
+    return FeaturePipeline(features, tables, open_offline(context, features), online)
 
 
 def training_set(
@@ -133,13 +147,100 @@ def training_set(
     """Return the labelled rows known by ``until`` with the service's features as of their times.
 
     ``tables`` holds the cleaned rows of the label source; the views are read at ``versions``. Rows
-    that have no label are left out and counted: metric ``rows_without_label``.
+    that have no label are left out and counted: metric ``rows_without_label``. The manifest says
+    what it was made from, pins those versions, and is named by the event ``training_manifest``.
     """
-    store = OfflineStore(context.home.offline(context.project), features)
+    store = open_offline(context, features)
     table = read_tables(tables)[features.labels.source]
-    result, count = build_training_set(features, service, table, store, versions.versions, until)
-    context.reporter.progress(rows=result.num_rows, message="training set")
-    context.reporter.metric("rows", count.labelled)
-    context.reporter.metric("rows_without_label", count.unlabelled)
-    context.reporter.metric("rows_label_not_known_yet", count.unknown)
-    return result
+    made = make_training_set(features, service, table, store, versions, until)
+    context.reporter.progress(rows=made.table.num_rows, message="training set")
+    context.reporter.metric("rows", made.count.labelled)
+    context.reporter.metric("rows_without_label", made.count.unlabelled)
+    context.reporter.metric("rows_label_not_known_yet", made.count.unknown)
+    context.reporter.param("manifest", made.manifest.id)
+    context.reporter.event(
+        "training_manifest", id=made.manifest.id, **made.manifest.model_dump(mode="json")
+    )
+    return made.table
+
+
+def compact(context: Context, features: Features) -> dict[str, int]:
+    """Merge the small files of every view into buckets by entity; return the tables' versions."""
+    store = open_offline(context, features)
+    versions = {}
+    for name in features.view_order:
+        if store.version(name) >= 0:
+            context.reporter.progress(message=f"compacting {name}")
+            versions[name] = store.compact(name)
+    return versions
+
+
+def vacuum(
+    context: Context, features: Features, retention: Duration = _RETENTION
+) -> dict[str, int]:
+    """Remove the files that no version needs which is pinned, newest or younger than ``retention``.
+
+    Returns how many files went, by view.
+    """
+    store = open_offline(context, features)
+    removed = {
+        name: len(store.vacuum(name, retention=retention))
+        for name in features.view_order
+        if store.version(name) >= 0
+    }
+    context.reporter.metric("files_removed", sum(removed.values()))
+    return removed
+
+
+def check_parity(
+    context: Context,
+    features: Features,
+    service: str,
+    since: Instant | None = None,
+    until: Instant | None = None,
+    tolerance: float = 0.0,
+    threshold: float = 0.0,
+) -> ParityReport:
+    """Compare the features that requests saw online with those of the offline store.
+
+    See ``parity.check_parity``. The report is an event ``parity`` and is shown to Prometheus; its
+    field ``breached`` can trigger a further step: ``when: $parity.breached``.
+    """
+    report = parity.check_parity(
+        features,
+        service,
+        open_offline(context, features),
+        context.home.predictions(context.project) / "predictions",
+        since=since,
+        until=until,
+        tolerance=tolerance,
+        threshold=threshold,
+    )
+    parity.export(context.project, report)
+    context.reporter.progress(rows=report.rows, message="compared")
+    context.reporter.metric("rows_waiting", report.waiting)
+    context.reporter.metric("features_different", sum(f.different > 0 for f in report.features))
+    context.reporter.event("parity", **report.model_dump(mode="json"))
+    return report
+
+
+def rebuild_online(context: Context, features: Features) -> dict[str, int]:
+    """Fill the online store anew from the offline one, each view at once; return the rows by view."""
+
+    store = open_offline(context, features)
+    online = open_online(features, context.home.online(context.project), context.project)
+    return {
+        name: materialize_view(store, online, name, code_digest_of(features, name), full=True)
+        for name in features.view_order
+    }
+
+
+def _versions(
+    features: Features,
+    store: OfflineStore,
+    versions: dict[str, int],
+    until: Instant | None,
+    rows: int = 0,
+) -> FeatureVersions:
+    tables = {name: store.table_id(name) for name in features.views}
+    return FeatureVersions(versions=versions, tables=tables, until=until, rows_written=rows)

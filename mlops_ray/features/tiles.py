@@ -9,7 +9,9 @@ never change: a row that becomes known late makes a new one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from mlops_ray.config.features import FeatureView
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.columns import NO_TIME, duration_us
+from mlops_ray.features.hyperloglog import Codes, reduce_codes
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -26,13 +29,15 @@ Array = NDArray[np.float64] | NDArray[np.int64]
 Part = tuple[str, int]
 Parts = dict[Part, Array]
 
-_SECOND_US = 1_000_000
 _TILE_BITS = 36
 _TILE_ORIGIN = 1 << (_TILE_BITS - 1)
+_FEW_ROWS = 2048
 _MOST_ENTITIES = 1 << (63 - _TILE_BITS)
 _END = np.iinfo(np.int64).max
+_NEVER_ARRIVED = np.iinfo(np.int64).min
 
-# The partial aggregates of a cell: what merges two of them, and what changes nothing.
+# The partial aggregates of a cell: what merges two of them, and what changes nothing. The codes of
+# distinct values lie in the cells' pool: a cell has those from ``start`` on, ``codes`` of them.
 MERGE = {
     "rows": np.add,
     "values": np.add,
@@ -41,6 +46,8 @@ MERGE = {
     "max": np.maximum,
     "last": None,
     "when": np.maximum,
+    "start": None,
+    "codes": None,
 }
 IDENTITY = {
     "rows": 0,
@@ -50,6 +57,8 @@ IDENTITY = {
     "max": -np.inf,
     "last": np.nan,
     "when": NO_TIME,
+    "start": 0,
+    "codes": 0,
 }
 _NEEDS = {
     "count": ("rows",),
@@ -58,13 +67,16 @@ _NEEDS = {
     "min": ("values", "min"),
     "max": ("values", "max"),
     "last": ("values", "last", "when"),
+    "approx_distinct": ("start", "codes"),
 }
+_NO_CODES: Codes = np.empty(0, np.uint16)
 
 
 @dataclass(frozen=True)
 class WindowPlan:
     """What to compute for a view: ``columns`` are the value columns, numbered in this order.
 
+    ``hashed`` are the columns whose distinct values are counted, numbered on behind them.
     ``aggregates`` pairs an aggregate with a column's number, ``windows`` are in tiles.
     """
 
@@ -72,6 +84,7 @@ class WindowPlan:
     windows: tuple[int, ...]
     aggregates: tuple[tuple[str, int], ...]
     columns: tuple[str, ...]
+    hashed: tuple[str, ...] = ()
 
     @property
     def span(self) -> int:
@@ -83,7 +96,7 @@ class WindowPlan:
         """How many features there are."""
         return len(self.windows) * len(self.aggregates)
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The partial aggregates that these features are made from."""
         needed = [(part, of) for by, of in self.aggregates for part in _NEEDS[by]]
@@ -96,26 +109,21 @@ class WindowPlan:
         return -((-instants_us) // self.every_us)
 
 
-def plan_of(view: FeatureView, where: str) -> WindowPlan:
-    """Return the plan of a windowed view.
-
-    Raises:
-        FeatureStoreError: A window is not a multiple of ``every``, or that is under a second.
-    """
-    every_us = duration_us(view.every) if view.every else 0
-    lengths_us = [duration_us(window) for window in view.windows]
-    if every_us < _SECOND_US or any(w < every_us or w % every_us for w in lengths_us):
-        raise FeatureStoreError(
-            "windows must be multiples of 'every', which must be one second or more",
-            where=where,
-            why=f"every is {view.every}, windows are {', '.join(str(w) for w in view.windows)}",
-            fix="choose for example every: 1h with windows: [1d, 7d]",
-        )
-    columns = tuple(dict.fromkeys(a.of for a in view.aggregates.values() if a.of is not None))
+def plan_of(view: FeatureView) -> WindowPlan:
+    """Return the plan of a windowed view."""
+    assert view.every is not None
+    every_us = duration_us(view.every)
+    named = [(a.by, a.of) for a in view.aggregates.values() if a.of is not None]
+    columns = tuple(dict.fromkeys(of for by, of in named if by != "approx_distinct"))
+    hashed = tuple(dict.fromkeys(of for by, of in named if by == "approx_distinct"))
+    numbers = {(False, of): at for at, of in enumerate(columns)}
+    numbers |= {(True, of): at for at, of in enumerate(hashed, len(columns))}
     aggregates = tuple(
-        (a.by, columns.index(a.of) if a.of is not None else 0) for a in view.aggregates.values()
+        (a.by, 0 if a.of is None else numbers[a.by == "approx_distinct", a.of])
+        for a in view.aggregates.values()
     )
-    return WindowPlan(every_us, tuple(w // every_us for w in lengths_us), aggregates, columns)
+    windows = tuple(duration_us(window) // every_us for window in view.windows)
+    return WindowPlan(every_us, windows, aggregates, columns, hashed)
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,8 @@ class Rows:
     """Rows of a view's source, as parallel arrays.
 
     ``entity`` is the number of the entity, ``event_us`` when the row happened, ``arrival_us`` from
-    when on it may be used. ``values`` and ``valid`` are [columns, rows].
+    when on it may be used. ``values`` and ``valid`` are [columns, rows]; of a hashed column they are
+    the codes of its values.
     """
 
     entity: Ints
@@ -145,17 +154,30 @@ class Rows:
             self.valid[:, rows],
         )
 
+    @staticmethod
+    def join(parts: Sequence[Rows]) -> Rows:
+        """Return the rows of all parts, of which there is at least one."""
+        return Rows(
+            np.concatenate([part.entity for part in parts]),
+            np.concatenate([part.event_us for part in parts]),
+            np.concatenate([part.arrival_us for part in parts]),
+            np.concatenate([part.values for part in parts], axis=1),
+            np.concatenate([part.valid for part in parts], axis=1),
+        )
+
 
 @dataclass(frozen=True)
 class Cells:
     """Cells in order of (entity, tile, arrival), and one past the end that holds identities.
 
-    ``key`` packs entity and tile into one sortable number; ``arrival`` is a tile number.
+    ``key`` packs entity and tile into one sortable number; ``arrival`` is a tile number. ``pool`` holds
+    the codes of distinct values of all cells.
     """
 
     key: Ints
     arrival: Ints
     parts: Parts
+    pool: Codes = field(default_factory=lambda: _NO_CODES)
 
     def __len__(self) -> int:
         return len(self.key) - 1
@@ -163,13 +185,29 @@ class Cells:
     def take(self, cells: Ints | Bools) -> Cells:
         """Return some of the cells; the selection must include the one past the end."""
         parts = {part: values[cells] for part, values in self.parts.items()}
-        return Cells(self.key[cells], self.arrival[cells], parts)
+        return Cells(self.key[cells], self.arrival[cells], parts, self.pool)
+
+    def codes(self, of: int) -> tuple[Ints, Ints]:
+        """Return where in the pool each cell's codes of a column begin, and how many they are."""
+        start, lengths = self.parts["start", of], self.parts["codes", of]
+        return start.astype(np.int64, copy=False), lengths.astype(np.int64, copy=False)
+
+    def packed(self) -> Cells:
+        """Return the cells with a pool that holds nothing but their codes."""
+        parts, pools, size = dict(self.parts), [], 0
+        for name, of in self.parts:
+            if name == "start":
+                start, lengths = self.codes(of)
+                pools.append(self.pool[spread(start, lengths)])
+                parts["start", of] = size + np.cumsum(lengths) - lengths
+                size += len(pools[-1])
+        return replace(self, parts=parts, pool=np.concatenate([_NO_CODES, *pools]))
 
 
 def no_cells(plan: WindowPlan) -> Cells:
     """Return the cells of no rows."""
     parts = {part: np.array([IDENTITY[part[0]]]) for part in plan.parts}
-    return Cells(np.array([_END]), np.array([np.iinfo(np.int64).min]), parts)
+    return Cells(np.array([_END]), np.array([_NEVER_ARRIVED]), parts)
 
 
 def cells_of(rows: Rows, plan: WindowPlan) -> Cells:
@@ -181,23 +219,86 @@ def cells_of(rows: Rows, plan: WindowPlan) -> Cells:
         raise FeatureStoreError("an event time is too far from 1970 for so short an 'every'")
     if rows.entity.max() >= _MOST_ENTITIES:
         raise FeatureStoreError(f"a view can have {_MOST_ENTITIES} entities at most")
-    key = cell_key(rows.entity, tile)
-    # Values come last, so that rows at the same instant add up in the same order wherever they are.
-    order = np.lexsort((*rows.values, rows.arrival_us, rows.event_us, arrival, key))
-    rows, key, arrival = rows.take(order), key[order], arrival[order]
+    order = _cell_order(rows, tile, arrival)
+    rows, key, arrival = rows.take(order), cell_key(rows.entity, tile)[order], arrival[order]
     starts = np.flatnonzero(
         np.concatenate(([True], (key[1:] != key[:-1]) | (arrival[1:] != arrival[:-1])))
     )
-    parts = {part: _with_end(_partial(rows, starts, part), part[0]) for part in plan.parts}
+    parts, pool = _partials(rows, starts, plan)
+    ended = {part: _with_end(values, part[0]) for part, values in parts.items()}
     return Cells(
-        np.append(key[starts], _END), np.append(arrival[starts], np.iinfo(np.int64).min), parts
+        np.append(key[starts], _END), np.append(arrival[starts], _NEVER_ARRIVED), ended, pool
     )
+
+
+def _cell_order(rows: Rows, tile: Ints, arrival: Ints) -> Ints:
+    """Return the order by entity, tile, arrival, event time, arrival time and the values.
+
+    Values come last, so that rows at the same instant add up in the same order wherever they are.
+    Most rows come in order of arrival and few at one instant, so this sorts by cell alone where that
+    is enough, and by value only where it matters.
+    """
+    if len(rows) <= _FEW_ROWS:
+        columns = (*rows.values, *rows.valid, rows.arrival_us, rows.event_us, arrival)
+        return np.lexsort((*columns, tile, rows.entity))
+    first = int(tile.min())
+    order = stable_order(rows.entity * (int(tile.max()) - first + 1) + (tile - first))
+    entity, tile, arrival = rows.entity[order], tile[order], arrival[order]
+    event_us, arrival_us = rows.event_us[order], rows.arrival_us[order]
+    same = (entity[1:] == entity[:-1]) & (tile[1:] == tile[:-1])
+    if (same & _descends(arrival, event_us, arrival_us)).any():
+        late = np.lexsort((arrival_us, event_us, arrival, tile, entity))
+        order, entity, arrival = order[late], entity[late], arrival[late]
+        event_us, arrival_us = event_us[late], arrival_us[late]
+        same = entity[1:] == entity[:-1]
+    tied = same & (event_us[1:] == event_us[:-1]) & (arrival_us[1:] == arrival_us[:-1])
+    if tied.any() and len(rows.values):
+        group = np.cumsum(np.concatenate(([True], ~tied)))
+        some = np.flatnonzero(np.append(tied, False) | np.concatenate(([False], tied)))
+        place = order[some]
+        values, valid = rows.values[:, place], rows.valid[:, place]
+        order[some] = place[np.lexsort((*values, *valid, group[some]))]
+    return order
+
+
+def _descends(*columns: Ints) -> Bools:
+    """Say where a row is less than the one before it, compared by the columns in turn."""
+    less = np.zeros(len(columns[0]) - 1, np.bool_)
+    equal = ~less
+    for values in columns:
+        less |= equal & (values[1:] < values[:-1])
+        equal &= values[1:] == values[:-1]
+    return less
+
+
+def stable_order(values: Ints) -> Ints:
+    """Return the order that sorts numbers from 0 on, equal ones as they come.
+
+    Sorting numbers is several times quicker than sorting places by number, so where both fit into one
+    word the place is packed behind the number.
+    """
+    count = len(values)
+    if not count:
+        return np.empty(0, np.int64)
+    bits = count.bit_length()
+    if int(values.max()).bit_length() + bits > 63:
+        return np.argsort(values, kind="stable")
+    packed = (values << bits) | np.arange(count)
+    packed.sort()
+    return packed & ((1 << bits) - 1)
+
+
+def spread(starts: Ints, lengths: Ints) -> Ints:
+    """Return start, start + 1, … for each start, as many as its length."""
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return np.arange(int(lengths.sum())) + np.repeat(shift, lengths)
 
 
 def merge(cells: Cells, newer: Cells) -> Cells:
     """Return all cells of both; those of ``newer`` arrived later than all of ``cells``."""
     if not len(newer):
         return cells
+    newer = _moved(newer, len(cells.pool))
     count = len(newer)
     places = np.searchsorted(cells.key, newer.key[:-1], side="right") + np.arange(count)
     old = np.ones(len(cells.key) + count, np.bool_)
@@ -211,7 +312,14 @@ def merge(cells: Cells, newer: Cells) -> Cells:
 
     parts = {part: weave(values, newer.parts[part]) for part, values in cells.parts.items()}
     key, arrival = weave(cells.key, newer.key), weave(cells.arrival, newer.arrival)
-    return Cells(key, arrival, parts)  # type: ignore[arg-type]
+    pool = np.concatenate((cells.pool, newer.pool))
+    return Cells(key, arrival, parts, pool)  # type: ignore[arg-type]
+
+
+def _moved(cells: Cells, by: int) -> Cells:
+    """Return cells whose codes lie further behind in the pool."""
+    moved = {part: values + by for part, values in cells.parts.items() if part[0] == "start"}
+    return replace(cells, parts=cells.parts | moved) if moved else cells
 
 
 def expire(cells: Cells, before: int) -> Cells:
@@ -219,7 +327,7 @@ def expire(cells: Cells, before: int) -> Cells:
     tile = (cells.key & ((1 << _TILE_BITS) - 1)) - _TILE_ORIGIN
     keep = tile >= before
     keep[-1] = True
-    return cells.take(keep)
+    return cells.take(keep).packed()
 
 
 def boundaries_of(cells: Cells, after: int, upto: int) -> tuple[Ints, Ints]:
@@ -227,6 +335,31 @@ def boundaries_of(cells: Cells, after: int, upto: int) -> tuple[Ints, Ints]:
     fresh = np.flatnonzero((cells.arrival > after) & (cells.arrival <= upto))
     pairs = np.unique(cell_key(cells.key[fresh] >> _TILE_BITS, cells.arrival[fresh]))
     return pairs >> _TILE_BITS, (pairs & ((1 << _TILE_BITS) - 1)) - _TILE_ORIGIN
+
+
+def _partials(rows: Rows, starts: Ints, plan: WindowPlan) -> tuple[Parts, Codes]:
+    """Return the partial aggregates of each cell, whose rows begin at ``starts``."""
+    parts: Parts = {}
+    pools, size = [_NO_CODES], 0
+    for name, of in plan.parts:
+        if name == "start":
+            pool, lengths = _cell_codes(rows, starts, of)
+            parts["codes", of] = lengths
+            parts["start", of] = size + np.cumsum(lengths) - lengths
+            pools.append(pool)
+            size += len(pool)
+        elif name != "codes":
+            parts[name, of] = _partial(rows, starts, (name, of))
+    # All cells have their parts in one order, that of the plan.
+    return {part: parts[part] for part in plan.parts}, np.concatenate(pools)
+
+
+def _cell_codes(rows: Rows, starts: Ints, of: int) -> tuple[Codes, Ints]:
+    cell = np.zeros(len(rows), np.int64)
+    cell[starts[1:]] = 1
+    valid = rows.valid[of]
+    codes, owner = reduce_codes(rows.values[of][valid].astype(np.uint16), np.cumsum(cell)[valid])
+    return codes, np.bincount(owner, minlength=len(starts))
 
 
 def _partial(rows: Rows, starts: Ints, part: Part) -> Array:

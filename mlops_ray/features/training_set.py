@@ -14,23 +14,14 @@ from numpy.typing import NDArray
 
 from mlops_ray.config.features import Features
 from mlops_ray.errors import SchemaError
-from mlops_ray.features.asof import asof_join
-from mlops_ray.features.columns import (
-    INSTANT,
-    column,
-    encode,
-    instants,
-    key_columns,
-    wrong_type,
-)
-from mlops_ray.features.definitions import CREATED_TIME, EVENT_TIME, define
+from mlops_ray.features.columns import INSTANT, column, instants, to_instants, wrong_type
+from mlops_ray.features.join import join_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.service import (
     find_service,
     inputs_of,
     on_demand_features,
     on_demand_views,
-    view_columns,
 )
 
 
@@ -75,47 +66,6 @@ def labelled_rows(
     return rows.sort_by([(labels.time, "ascending"), (labels.id, "ascending")]), count
 
 
-def join_view(
-    features: Features,
-    view: str,
-    table: pa.Table,
-    time: str,
-    store: OfflineStore,
-    version: int | None = None,
-) -> dict[str, pa.Array]:
-    """Return a view's features as of each row of ``table``, named ``<view>__<feature>``, float64.
-
-    For each row: the entity's newest row with event time and created time ≤ the row's ``time`` and an
-    age within the view's TTL. Null where there is none or where that row has a null.
-
-    Args:
-        features: The declarations.
-        view: The view's name.
-        table: Rows with the entity's key columns.
-        time: Name of their time column.
-        store: The offline store.
-        version: The version of the view's table to read; the newest when None.
-    """
-    definition = define(features, view)
-    where = f"features.views.{view}"
-    stored = store.read(view, version)
-    asked = key_columns(table, definition.keys, where)
-    known = key_columns(stored, definition.keys, where)
-    joined = [_chain(a, b) for a, b in zip(asked, known, strict=True)]
-    entity, _ = encode(joined)
-    found = asof_join(
-        entity[: table.num_rows],
-        instants(table, time, where),
-        entity[table.num_rows :],
-        instants(stored, EVENT_TIME, where),
-        instants(stored, CREATED_TIME, where),
-        ttl_us=definition.ttl_us,
-    )
-    rows = pa.array(found, mask=found < 0)
-    names = zip(view_columns(features, view), definition.feature_names, strict=True)
-    return {name: stored[feature].combine_chunks().take(rows) for name, feature in names}
-
-
 def build_training_set(
     features: Features,
     service: str,
@@ -123,6 +73,8 @@ def build_training_set(
     store: OfflineStore,
     versions: Mapping[str, int],
     until: datetime | None,
+    *,
+    on_ray: bool | None = None,
 ) -> tuple[pa.Table, LabelCount]:
     """Return the training set of a service, and what became of the label source's rows.
 
@@ -138,19 +90,40 @@ def build_training_set(
         store: The offline store.
         versions: Which version of each view's table to read.
         until: Labels known later do not count; None takes all.
+        on_ray: Whether to join on the Ray cluster; see ``join_view``.
 
     Raises:
         SchemaError: A column is missing or has the wrong type.
     """
-    declared = find_service(features, service)
     rows, count = labelled_rows(table, features, until)
-    columns = _label_columns(rows, features)
-    for name in declared.inputs:
-        columns.setdefault(name, rows[name] if name in rows.column_names else _missing(rows, name))
-    for view in declared.views:
-        columns |= join_view(features, view, rows, features.labels.time, store, versions.get(view))
+    return join_service(features, service, rows, store, versions, on_ray=on_ray), count
+
+
+def join_service(
+    features: Features,
+    service: str,
+    rows: pa.Table,
+    store: OfflineStore,
+    versions: Mapping[str, int],
+    *,
+    on_ray: bool | None = None,
+) -> pa.Table:
+    """Return labelled rows with the service's features; see ``build_training_set``."""
+    columns = label_columns(features, service, rows)
+    time = features.labels.time
+    for view in find_service(features, service).views:
+        version = versions.get(view)
+        columns |= join_view(features, view, rows, time, store, version, on_ray=on_ray)
     columns |= _on_demand_columns(features, service, rows, columns)
-    return pa.table(columns).combine_chunks(), count
+    return pa.table(columns).combine_chunks()
+
+
+def label_columns(features: Features, service: str, rows: pa.Table) -> dict[str, Any]:
+    """Return the label's columns and the service's inputs: all that is used of the label source."""
+    columns = _label_columns(rows, features)
+    for name in find_service(features, service).inputs:
+        columns.setdefault(name, column(rows, name, f"inputs.{name}"))
+    return columns
 
 
 def _label_columns(rows: pa.Table, features: Features) -> dict[str, Any]:
@@ -159,8 +132,8 @@ def _label_columns(rows: pa.Table, features: Features) -> dict[str, Any]:
     dtype = pa.float64() if pa.types.is_floating(label.type) else pa.int8()
     return {
         labels.id: rows[labels.id],
-        labels.time: rows[labels.time].cast(INSTANT, safe=False),
-        labels.known_at: rows[labels.known_at].cast(INSTANT, safe=False),
+        labels.time: to_instants(rows[labels.time], labels.time),
+        labels.known_at: to_instants(rows[labels.known_at], labels.known_at),
         labels.label: label.cast(dtype),
     }
 
@@ -191,11 +164,3 @@ def _arrow(values: NDArray[Any]) -> pa.Array:
     if values.dtype == np.float64:
         return pa.array(values)
     return pa.array(values, pa.string(), from_pandas=True)
-
-
-def _chain(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pa.chunked_array([*first.chunks, *second.chunks], first.type)
-
-
-def _missing(rows: pa.Table, name: str) -> pa.ChunkedArray:
-    return column(rows, name, f"inputs.{name}")

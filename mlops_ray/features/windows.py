@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlops_ray.features.columns import NO_TIME
+from mlops_ray.features.hyperloglog import estimate
 from mlops_ray.features.tiles import (
     IDENTITY,
     MERGE,
@@ -30,9 +31,11 @@ from mlops_ray.features.tiles import (
     Parts,
     WindowPlan,
     cell_key,
+    spread,
 )
 
 _PAIRS = 1 << 22
+_ESTIMATED = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def emit(cells: Cells, entity: Ints, boundary: Ints, plan: WindowPlan) -> Emitte
 def _feature(by: str, of: int, merged: Parts) -> tuple[Array, Bools | bool]:
     if by == "count":
         return merged["rows", 0], False
+    if by == "approx_distinct":
+        return merged["distinct", of], False
     values = merged["values", of]
     none = values == 0
     if by == "mean":
@@ -117,7 +122,23 @@ def _merge_runs(cells: Cells, runs: _Runs, plan: WindowPlan) -> Parts:
     for name, of in plan.parts:
         if name == "last":
             merged["last", of] = _last(cells, runs, of, merged["when", of])
+        if name == "codes":
+            merged["distinct", of] = _distinct(cells, runs, of)
     return merged
+
+
+def _distinct(cells: Cells, runs: _Runs, of: int) -> Ints:
+    """Return about how many distinct values the cells of each run have met."""
+    start, codes = cells.codes(of)
+    lengths = np.maximum(runs.high - runs.low, 0)
+    found = np.zeros(len(lengths), np.int64)
+    for chunk in _chunks(runs.reduce(codes, np.add, 0).astype(np.int64), _ESTIMATED):
+        cell = spread(runs.low[chunk], lengths[chunk])
+        counts = codes[cell]
+        owner = np.repeat(np.arange(len(lengths[chunk])), lengths[chunk])
+        pool = cells.pool[spread(start[cell], counts)]
+        found[chunk] = estimate(pool, np.repeat(owner, counts), len(lengths[chunk]))
+    return found
 
 
 def _last(cells: Cells, runs: _Runs, of: int, newest: Array) -> Array:
@@ -137,21 +158,19 @@ def _only_known(cells: Cells, runs: _Runs, boundary: Ints) -> tuple[Cells, _Runs
     """Copy the cells of the runs, without those that arrive after the run's boundary."""
     lengths = runs.high - runs.low
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    shift = runs.low - (np.cumsum(lengths) - lengths)
-    place = np.arange(len(owner)) + np.repeat(shift, lengths)
+    place = spread(runs.low, lengths)
     known = cells.arrival[place] <= boundary[owner]
     ends = np.cumsum(np.bincount(owner[known], minlength=len(lengths)))
     starts = np.concatenate(([0], ends[:-1]))
     return cells.take(np.append(place[known], len(cells))), _Runs(starts, ends)
 
 
-def _chunks(lengths: Ints) -> Iterable[slice]:
-    """Cut runs into slices that hold a bounded number of cells."""
-    start, total = 0, 0
-    for end, length in enumerate(lengths.tolist()):
-        if total + length > _PAIRS and end > start:
-            yield slice(start, end)
-            start, total = end, 0
-        total += length
-    if start < len(lengths):
-        yield slice(start, len(lengths))
+def _chunks(lengths: Ints, most: int = 1 << 62) -> Iterable[slice]:
+    """Cut runs into slices that hold a bounded number of items, and at most ``most`` runs."""
+    start, ends = 0, np.cumsum(lengths)
+    while start < len(lengths):
+        done = int(ends[start - 1]) if start else 0
+        end = int(np.searchsorted(ends, done + _PAIRS, side="right"))
+        end = min(max(end, start + 1), start + most)
+        yield slice(start, end)
+        start = end

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 
+from mlops_ray.config.features import Features
 from mlops_ray.errors import MlopsRayError
 from mlops_ray.orchestration.context import Context
 
 
-def rewind(context: Context, project: str) -> bool:
+def rewind(context: Context, project: str, features: Features) -> bool:
     """Forget what a project has learnt of time: feature stores, prediction log, monitor, aliases.
 
     A replay starts in the past, and stores that have seen its end would leak it. Registered versions,
     runs and artifacts stay: what was done remains known. Returns whether there was anything to forget.
     """
     from mlops_ray.delivery.steps import CHAMPION, FIRST
+    from mlops_ray.features.online import open_online
     from mlops_ray.loop.actor import stop
     from mlops_ray.registry.registry import Registry
 
@@ -29,6 +31,8 @@ def rewind(context: Context, project: str) -> bool:
     _take_down(project)
     with contextlib.suppress(MlopsRayError):
         stop(project)
+    if features.online.store != "lmdb":
+        open_online(features, home.online(project), project).clear()
     known = [folder for folder in folders if folder.exists()]
     if not known:
         return False

@@ -64,7 +64,7 @@ def replay(
         monitoring: What the controller watches.
         loop: When it retrains.
     """
-    from mlops_ray.features.online import LmdbStore
+    from mlops_ray.features.online import open_online
     from mlops_ray.features.steps import open_pipeline
     from mlops_ray.features.tables import read_tables
     from mlops_ray.loop.actor import RemoteMonitor, ensure
@@ -81,7 +81,7 @@ def replay(
     if recording.cursor() is not None:
         # It goes back to the day's start, and the online store, where the newest wins, does not.
         # The offline store is never ahead of the cursor: the pipeline refills one from the other.
-        LmdbStore(context.home.online(context.project), features).clear()
+        open_online(features, context.home.online(context.project), context.project).clear()
     pipeline = open_pipeline(context, features, found)
 
     async def run() -> ReplayResult:

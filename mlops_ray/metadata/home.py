@@ -49,6 +49,10 @@ class Home:
         """Folder of a project's online feature store."""
         return self.root / "features" / project / "online"
 
+    def events(self, project: str) -> Path:
+        """Folder of the events that a project's sources have streamed in."""
+        return self.root / "features" / project / "events"
+
     def predictions(self, project: str) -> Path:
         """Folder of a project's prediction log."""
         return self.root / "predictions" / project

@@ -6,9 +6,13 @@ from mlops_ray.config.base import Frozen, Instant
 
 
 class FeatureVersions(Frozen):
-    """Which version of each view's offline table was current, and up to when views are complete."""
+    """Which version of each view's offline table was current, and up to when views are complete.
+
+    ``tables`` holds the ids of the Delta tables: the versions count only there.
+    """
 
     versions: dict[str, int]
+    tables: dict[str, str] = {}
     until: Instant | None = None
     rows_written: int = 0
 

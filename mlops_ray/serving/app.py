@@ -100,12 +100,13 @@ def _replicas(serving: Serving) -> dict[str, Any]:
 
 def _open(settings: Settings, replica: str) -> Endpoint:
     from mlops_ray.features.lookup import OnlineLookup
-    from mlops_ray.features.online import LmdbStore
+    from mlops_ray.features.online import open_online
     from mlops_ray.features.service import feature_columns
 
     features, service = settings.features, settings.service
     home = Home(settings.home)
-    store = LmdbStore(home.online(settings.project), features, readonly=True)
+    folder = home.online(settings.project)
+    store = open_online(features, folder, settings.project, readonly=True)
     return Endpoint(
         settings.project,
         home,

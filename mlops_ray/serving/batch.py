@@ -22,9 +22,9 @@ from mlops_ray.config.base import Frozen
 from mlops_ray.config.features import Features
 from mlops_ray.config.project import BatchPredict
 from mlops_ray.errors import DataError, SchemaError, ServingError, SourceError
+from mlops_ray.features.join import HeldView
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.service import find_service, inputs_of, on_demand_features
-from mlops_ray.features.training_set import join_view
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.orchestration.context import Context
 from mlops_ray.serving.traces import root_cause
@@ -65,7 +65,11 @@ class Scorer:
         self._plan = plan
         self._service = find_service(plan.features, plan.service)
         self._on_demand = on_demand_features(plan.features, plan.service)
-        self._store = _Snapshot(plan.offline, plan.features)
+        store = OfflineStore(plan.offline, plan.features)
+        self._views = [
+            HeldView(plan.features, view, store, plan.versions[view])
+            for view in self._service.views
+        ]
         self._predictor = Predictor(package.read(plan.package))
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -77,36 +81,13 @@ class Scorer:
         if rows.num_rows == 0:
             return _scored(rows, np.empty(0), self._plan)
         columns: dict[str, Any] = {}
-        for view in self._service.views:
-            joined = join_view(
-                self._plan.features,
-                view,
-                rows,
-                self._service.time,
-                self._store,
-                self._plan.versions[view],
-            )
+        for view in self._views:
+            joined = view.join(rows, self._service.time)
             columns |= {
                 name: values.to_numpy(zero_copy_only=False) for name, values in joined.items()
             }
         columns |= self._on_demand(inputs_of(rows, self._service), columns)
         return _scored(rows, self._predictor.predict(columns), self._plan)
-
-
-class _Snapshot(OfflineStore):
-    """An offline store that reads each view once."""
-
-    def __init__(self, root: Path, features: Features) -> None:
-        super().__init__(root, features)
-        self._tables: dict[tuple[str, int | None], pa.Table] = {}
-
-    def read(self, view: str, version: int | None = None, **narrowed: Any) -> pa.Table:
-        key = (view, version)
-        if narrowed:
-            return super().read(view, version, **narrowed)
-        if key not in self._tables:
-            self._tables[key] = super().read(view, version)
-        return self._tables[key]
 
 
 def score_batch(

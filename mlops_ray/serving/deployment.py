@@ -6,10 +6,8 @@ replicas, while ``serve.run`` would restart them.
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlops_ray.config.features import Features
@@ -20,16 +18,21 @@ from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.serving import runtime
 from mlops_ray.serving.app import DEPLOYMENT, IMPORT_PATH, Settings
+from mlops_ray.serving.applications import (
+    POLL_S,
+    READY_TIMEOUT_S,
+    Config,
+    alone,
+    deployed,
+    details,
+    failed,
+    not_ready,
+    put,
+)
 from mlops_ray.serving.models import ModelSpec, ServedModels
 from mlops_ray.serving.placement import roots_of, runtime_environment
-from mlops_ray.serving.traces import root_cause
 
-READY_TIMEOUT_S = 180.0
 FLUSH_TIMEOUT_S = 30.0
-
-_POLL_S = 0.1
-
-Config = dict[str, Any]
 
 
 def deploy(
@@ -60,7 +63,7 @@ def deploy(
         ServingError: A model is refused (the endpoint then goes on with what it served before), the
             application fails, or it is not ready within ``timeout_s``.
     """
-    with _alone(home):
+    with alone(home):
         return _deploy(project, home, serving, features, service, models, targets, timeout_s)
 
 
@@ -75,8 +78,8 @@ def _deploy(
     timeout_s: float,
 ) -> Endpoint:
     runtime.start(serving)
-    current = _details()
-    previous = _deployed(current, project)
+    current = details()
+    previous = deployed(current, project)
     roots = roots_of([*_functions(features, service), *targets])
     environment, relative = runtime_environment(roots)
     settings = Settings(
@@ -94,34 +97,21 @@ def _deploy(
     wanted = _application(settings, environment, _prefix(current, project))
     if previous != _with_models(wanted, served):
         served = served.model_copy(update={"epoch": _new_epoch()})
-        _put(current, project, _with_models(wanted, served))
+        put(current, project, _with_models(wanted, served))
     try:
         _wait(project, served, timeout_s)
     except _RefusedError as refusal:
         if previous is not None:
-            _put(_details(), project, previous)
+            put(details(), project, previous)
         raise ServingError(
             f"the endpoint of {project} refuses the new models and goes on with the old ones",
             where=", ".join(f"{m.alias}: version {m.version}" for m in models),
             why=str(refusal),
             fix="train again, or move the alias to another version",
         ) from refusal
-    return Endpoint(name=project, url=url(serving), versions={m.alias: m.version for m in models})
-
-
-@contextmanager
-def _alone(home: Home) -> Iterator[None]:
-    home.root.mkdir(parents=True, exist_ok=True)
-    with (home.root / "deploy.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def url(serving: Serving) -> str:
-    """Return the base address of the endpoint's HTTP routes."""
-    host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
-    host = "[::1]" if host == "::" else host
-    return f"http://{host}:{serving.port}"
+    return Endpoint(
+        name=project, url=runtime.url(serving), versions={m.alias: m.version for m in models}
+    )
 
 
 def flush(endpoint: Endpoint, timeout_s: float = FLUSH_TIMEOUT_S) -> int:
@@ -146,15 +136,15 @@ def flush(endpoint: Endpoint, timeout_s: float = FLUSH_TIMEOUT_S) -> int:
 
 def remove(project: str) -> bool:
     """Take an endpoint down, after it has answered what it accepted. False where there is none."""
-    current = _details()
-    if _deployed(current, project) is None:
+    current = details()
+    if deployed(current, project) is None:
         return False
-    _put(current, project, None)
+    put(current, project, None)
     deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while project in _details()["applications"]:
+    while project in details()["applications"]:
         if time.monotonic() > deadline_s:
             raise ServingError(f"the endpoint of {project} does not go away")
-        time.sleep(_POLL_S)
+        time.sleep(POLL_S)
     return True
 
 
@@ -192,54 +182,13 @@ def _new_epoch() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _deployed(details: Config, project: str) -> Config | None:
-    config: Config | None = details["applications"].get(project, {}).get("deployed_app_config")
-    return config
-
-
-def _prefix(details: Config, project: str) -> str:
+def _prefix(current: Config, project: str) -> str:
     """The first endpoint takes the whole port, so that every error is its own; later ones a part."""
-    applications = details["applications"]
+    applications = current["applications"]
     if project in applications:
         return str(applications[project]["route_prefix"])
     taken = {application["route_prefix"] for application in applications.values()}
     return "/" if "/" not in taken else f"/v1/models/{project}"
-
-
-def _put(details: Config, project: str, application: Config | None) -> None:
-    """Send the list of all applications, with this one replaced or (None) left out."""
-    others = [
-        config
-        for name, state in details["applications"].items()
-        if name != project and (config := state.get("deployed_app_config")) is not None
-    ]
-    document = {
-        "proxy_location": details["proxy_location"],
-        "http_options": details["http_options"],
-        "applications": others + ([] if application is None else [application]),
-    }
-    _request(lambda client: client.deploy_applications(document))
-
-
-def _details() -> Config:
-    details: Config = _request(lambda client: client.get_serve_details())
-    return details
-
-
-def _request(call: Callable[[Any], Any]) -> Any:
-    from ray._private.worker import get_dashboard_url
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-    address = f"http://{get_dashboard_url()}"
-    try:
-        return call(ServeSubmissionClient(address))
-    except (RuntimeError, ConnectionError) as error:
-        raise ServingError(
-            "Ray Serve's REST API does not accept the request",
-            where=address,
-            why=str(error).strip()[:500],
-            fix="the dashboard must run, and RAY_AUTH_MODE=token be set as in the cluster",
-        ) from error
 
 
 def _ask_all(project: str, method: str, timeout_s: float) -> list[Any]:
@@ -267,9 +216,9 @@ def _wait(project: str, served: ServedModels, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
     state: Config = {}
     while time.monotonic() < deadline_s:
-        state = _details()["applications"].get(project, {})
+        state = details()["applications"].get(project, {})
         if state.get("status") == "DEPLOY_FAILED":
-            raise _failed(project, state)
+            raise failed(f"the endpoint of {project}", state)
         if state.get("status") == "RUNNING":
             try:
                 replicas = _ask_all(project, "describe", timeout_s=10.0)
@@ -281,21 +230,5 @@ def _wait(project: str, served: ServedModels, timeout_s: float) -> None:
                     raise _RefusedError(refused["why"])
             if replicas and all(replica["epoch"] == served.epoch for replica in replicas):
                 return
-        time.sleep(_POLL_S)
-    raise ServingError(
-        f"the endpoint of {project} is not ready after {timeout_s:g} s",
-        where=f"status {state.get('status', 'missing')}",
-        why=state.get("message", "") or "its replicas have not started: too few free CPUs?",
-        fix="compare serving.num_cpus with `ray status`, and look into serve/ among Ray's logs",
-    )
-
-
-def _failed(project: str, state: Config) -> ServingError:
-    messages = [state.get("message", "")]
-    messages += [item.get("message", "") for item in state.get("deployments", {}).values()]
-    text = next((text for text in reversed(messages) if text), "")
-    return ServingError(
-        f"the endpoint of {project} cannot be deployed",
-        why=root_cause(text),
-        fix="see serve/ among the logs of Ray's session for more",
-    )
+        time.sleep(POLL_S)
+    raise not_ready(f"the endpoint of {project}", state, timeout_s)

@@ -24,13 +24,11 @@ from mlops_ray.config.features import Features
 from mlops_ray.config.serving import Serving
 from mlops_ray.errors import RequestError, ServingError
 from mlops_ray.metadata.home import Home
+from mlops_ray.serving.asgi import Message, Receive, Send, error_content, read_body, respond
 from mlops_ray.serving.models import Columns, ModelLoader, ModelSet, ServedModels
 from mlops_ray.serving.prediction_log import Answered, PredictionLog, Sink
 from mlops_ray.serving.request import RequestSchema, parse_feedback
 
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Handler = Callable[[bytes, bool], Awaitable[Any]]
 
 NO_LOG_HEADER = b"x-mlops-ray-log"
@@ -67,7 +65,7 @@ class Endpoint:
         self._lookup = lookup
         self._loader = loader
         self._replica = replica
-        self._log = PredictionLog(home.predictions(project), replica, sink)
+        self._log = PredictionLog(home.predictions(project), replica, self._service.inputs, sink)
         self._models: ModelSet | None = None
         self._refused: dict[str, Any] | None = None
         self._loading = asyncio.Lock()
@@ -182,16 +180,19 @@ class Endpoint:
             length, log = _headers(scope["headers"])
             body = b""
             if scope["method"] == "POST":
-                body = await _read_body(receive, length, self._serving.max_body_bytes)
+                body = await read_body(receive, length, self._serving.max_body_bytes)
             status, content = 200, await handler(body, log)
         except RequestError as error:
-            status, content = error.status, _error(error)
+            status, content = error.status, error_content(error)
         except _NotReadyError:
-            status, content = 503, _error(RequestError("no model is loaded yet"))
+            status, content = 503, error_content(RequestError("no model is loaded yet"))
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            status, content = 500, _error(RequestError("internal error; the log has the details"))
-        await _respond(send, status, orjson.dumps(content), allow)
+            status, content = (
+                500,
+                error_content(RequestError("internal error; the log has the details")),
+            )
+        await respond(send, status, orjson.dumps(content), allow)
 
     def _route(self, path: str) -> dict[str, Handler]:
         if path in ("/healthz", "/readyz"):
@@ -220,7 +221,7 @@ class Endpoint:
         ids = request.ids if request.ids is not None else self._new_ids(request.rows)
         if log:
             times = request.columns[self._service.time]
-            self._log.add(Answered(models, ids, times, scores, columns))
+            self._log.add(Answered(models, ids, times, scores, request.columns, columns))
         values: list[float] = scores.tolist()
         return {
             "model": self._project,
@@ -276,37 +277,3 @@ def _headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, bool]:
         elif name == NO_LOG_HEADER:
             log = value.lower() != b"off"
     return length, log
-
-
-async def _read_body(receive: Receive, length: int | None, limit: int) -> bytes:
-    """Return the body. RequestError 413 as soon as it is, or says it is, over ``limit`` bytes."""
-    if length is not None and length > limit:
-        raise RequestError(f"the body has {length} bytes; {limit} are allowed", status=413)
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise RequestError("the client went away", status=400)
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise RequestError(f"the body has more than {limit} bytes", status=413)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-async def _respond(send: Send, status: int, body: bytes, allow: str) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if allow:
-        headers.append((b"allow", allow.encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _error(error: RequestError) -> dict[str, Any]:
-    # A message may quote what a client sent, and JSON's \ud800 is a string that UTF-8 cannot hold.
-    message = error.what.encode(errors="replace").decode()
-    field = None if error.field is None else error.field.encode(errors="replace").decode()
-    return {"error": {"message": message, "field": field, "row": error.row}}

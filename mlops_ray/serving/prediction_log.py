@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import ipc
 
+from mlops_ray.config.features import RequestField
+from mlops_ray.features.definitions import ARROW_TYPES
 from mlops_ray.metadata.delta import LABEL_SCHEMA, Delta, prediction_schema
 from mlops_ray.metadata.profile import Profile
 from mlops_ray.serving.models import Columns, ModelSet
@@ -35,12 +37,16 @@ Sink = Callable[[Delta, bool], None]
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One answered request: ``times`` datetime64[us], ``scores`` float64, all of [n]."""
+    """One answered request: ``times`` datetime64[us], ``scores`` float64, all of [n].
+
+    ``inputs`` are what the request brought, ``columns`` the features made of it.
+    """
 
     models: ModelSet
     ids: list[str]
     times: NDArray[np.datetime64]
     scores: NDArray[np.float64]
+    inputs: Columns
     columns: Columns
 
 
@@ -48,14 +54,27 @@ class PredictionLog:
     """The log of one replica, in ``folder``'s ``predictions`` and ``labels``.
 
     Files are named ``<milliseconds>-<replica>-<number>.arrow``, so that their names sort by time;
-    each appears whole or not at all. Predictions have ``delta.prediction_schema`` and a struct
-    ``features``; labels ``delta.LABEL_SCHEMA``. After a failed flush the same row may stand in two
-    files. ``add`` and ``add_labels`` belong to the event loop's thread.
+    each appears whole or not at all. Predictions have ``delta.prediction_schema`` and the structs
+    ``features`` and ``inputs``; labels ``delta.LABEL_SCHEMA``. After a failed flush the same row may
+    stand in two files. ``add`` and ``add_labels`` belong to the event loop's thread.
+
+    Args:
+        folder: The project's folder of predictions.
+        replica: The name of this replica, unlike any other's.
+        inputs: The fields of a request and their types.
+        sink: Takes what is written to the monitor.
     """
 
-    def __init__(self, folder: Path, replica: str, sink: Sink | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        replica: str,
+        inputs: Mapping[str, RequestField],
+        sink: Sink | None = None,
+    ) -> None:
         self._folder = folder
         self._replica = replica
+        self._inputs = {name: ARROW_TYPES[field.dtype] for name, field in inputs.items()}
         self._sink = sink
         self._answered: list[Answered] = []
         self._labels: list[Feedback] = []
@@ -121,15 +140,15 @@ class PredictionLog:
         models = group[0].models
         times = np.concatenate([item.times for item in group])
         scores = np.concatenate([item.scores for item in group])
-        columns = {
-            name: np.concatenate([item.columns[name] for item in group])
-            for name in group[0].columns
-        }
+        columns = _chained([item.columns for item in group])
+        inputs = _chained([item.inputs for item in group])
         ids = [identifier for item in group for identifier in item.ids]
         predictions = _prediction_table(models, ids, times, scores, columns)
         _write_part(
             self._folder / "predictions" / part,
-            predictions.append_column("features", _features(columns)),
+            predictions.append_column("features", _struct(columns, {})).append_column(
+                "inputs", _struct(inputs, self._inputs)
+            ),
         )
         return Delta(
             version=models.answer.spec.version,
@@ -178,9 +197,15 @@ def _prediction_table(
     return pa.Table.from_arrays(arrays, schema=prediction_schema(tuple(shadows)))
 
 
-def _features(columns: Columns) -> pa.StructArray:
-    """The feature columns as one struct column, so that no name can clash; NaN becomes null."""
-    arrays = [pa.array(values, from_pandas=True) for values in columns.values()]
+def _chained(parts: list[Columns]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _struct(columns: Columns, types: Mapping[str, pa.DataType]) -> pa.StructArray:
+    """The columns as one struct column, so that no name can clash; NaN becomes null."""
+    arrays = [
+        pa.array(values, types.get(name), from_pandas=True) for name, values in columns.items()
+    ]
     return pa.StructArray.from_arrays(arrays, names=list(columns))
 
 

@@ -113,6 +113,13 @@ def environment(serving: Serving, nodes: int = 1) -> dict[str, str]:
     }
 
 
+def url(serving: Serving) -> str:
+    """Return the base address of the endpoint's HTTP routes."""
+    host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
+    host = "[::1]" if host == "::" else host
+    return f"http://{host}:{serving.port}"
+
+
 def running() -> tuple[int, Mode] | None:
     """Return port and mode of the Serve of this cluster, None where none runs."""
     import ray

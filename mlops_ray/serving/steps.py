@@ -1,4 +1,4 @@
-"""The step of serving that needs no endpoint: scoring a batch. Deploying is delivery's."""
+"""The steps of serving that need no model's endpoint: scoring a batch, taking in events."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from mlops_ray.config.features import Features
 from mlops_ray.config.project import BatchPredict
 from mlops_ray.config.serving import Serving
 from mlops_ray.metadata import package as packages
+from mlops_ray.metadata.types import Endpoint
 from mlops_ray.orchestration.context import Context
 from mlops_ray.serving.batch import BatchResult, score_batch
 
@@ -34,3 +35,16 @@ def batch_predict(
         "batch_prediction", model=model.name, version=model.version, output=result.output
     )
     return result
+
+
+def push_endpoint(context: Context, project: str, serving: Serving, features: Features) -> Endpoint:
+    """Open the HTTP door of the pushed sources; see ``push.deploy``.
+
+    Raises:
+        ServingError: No source is pushed, or the door cannot be opened.
+    """
+    from mlops_ray.serving.push import deploy
+
+    endpoint = deploy(project, context.home, serving, features)
+    context.reporter.event("push_endpoint", url=endpoint.url)
+    return endpoint

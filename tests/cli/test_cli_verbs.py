@@ -23,7 +23,7 @@ from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger, RunRecord
 
 ROOT = Path(__file__).parents[2]
-VERBS = ["init", "check", "plan", "run", "submit", "status", "models", "doctor"]
+VERBS = ["init", "check", "plan", "run", "submit", "features", "status", "models", "doctor"]
 HEAVY = ["ray", "torch", "mlflow", "pyarrow", "numpy", "sqlalchemy", "hydra", "deltalake", "scipy"]
 NAME = "late_orders"
 

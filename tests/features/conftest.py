@@ -28,6 +28,37 @@ def read_two(rows):
     return pa.table({"n": list(range(rows)), "at": pa.array([0] * rows, pa.timestamp("s"))})
 
 
+def read_frame():
+    import pandas
+
+    at = pandas.to_datetime(["2024-01-01", "2024-01-02"])
+    return pandas.DataFrame({"n": [1, 2], "kind": pandas.Categorical(["x", "y"]), "at": at})
+
+
+def read_dataset():
+    import ray.data
+
+    return ray.data.range(1000, override_num_blocks=8).rename_columns({"id": "n"})
+
+
+def keep_even(table):
+    return table.filter(pc.equal(pc.bit_wise_and(table["n"], 1), 0))
+
+
+def positive(table):
+    if pc.max(table["amount"]).as_py() == 99:
+        raise ValueError("amount 99")
+    return table.filter(pc.greater(table["amount"], 0))
+
+
+def no_more_than_three(table):
+    return True if table.num_rows <= 3 else f"there are {table.num_rows} rows"
+
+
+def judges_oddly(table):
+    return [1, 2]
+
+
 def drop_first(table):
     return table.slice(1)
 

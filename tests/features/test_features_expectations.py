@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from mlops_ray.config.features import Expectation
-from mlops_ray.errors import ExpectationError, SchemaError
+from mlops_ray.errors import ExpectationError, SchemaError, SourceError
 from mlops_ray.features.expectations import check, evaluate
 
 TABLE = pa.table(
@@ -103,3 +103,18 @@ def test_an_empty_table_holds_what_speaks_of_values() -> None:
         Expectation(column="word", allowed=("x",)),
     ]
     assert all(result.passed for result in check(empty, declared))
+
+
+@pytest.mark.usefixtures("shop_project")
+def test_a_function_may_judge_the_whole_table() -> None:
+    declared = Expectation(check="shop_project.no_more_than_three", severity="fail")
+    assert check(TABLE.slice(0, 3), [declared])[0].passed
+    with pytest.raises(ExpectationError, match=r"no_more_than_three: there are 4 rows"):
+        check(TABLE, [declared])
+    warned = declared.model_copy(update={"severity": "warn"})
+    (result,) = check(TABLE, [warned])
+    assert (result.column, result.passed, result.observed) == ("", False, "there are 4 rows")
+    with pytest.raises(SourceError, match="fails failed"):
+        check(TABLE, [Expectation(check="shop_project.fails")])
+    with pytest.raises(SourceError, match=r"returned \[1, 2\]"):
+        check(TABLE, [Expectation(check="shop_project.judges_oddly")])

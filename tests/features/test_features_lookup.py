@@ -10,7 +10,7 @@ import pytest
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.lookup import OnlineLookup
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.online import LmdbStore
+from mlops_ray.features.online import open_online
 from mlops_ray.features.pipeline import FeaturePipeline
 from mlops_ray.features.service import feature_columns, inputs_of
 from mlops_ray.features.training_set import build_training_set
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("shop_project")
 def test_a_request_gets_what_the_training_set_has(tmp_path: Path, shop: SimpleNamespace) -> None:
     """Requests are answered hour by hour while the pipeline goes on: training sees the same."""
     offline = OfflineStore(tmp_path / "offline", shop.features)
-    online = LmdbStore(tmp_path / "online", shop.features)
+    online = open_online(shop.features, tmp_path / "online", "shop")
     pipeline = FeaturePipeline(shop.features, shop.tables, offline, online)
     lookup = OnlineLookup(shop.features, "buys", online)
     visits = shop.tables["visits"].sort_by("at")
@@ -48,7 +48,7 @@ def test_a_request_gets_what_the_training_set_has(tmp_path: Path, shop: SimpleNa
 
 
 def test_types_of_the_columns(tmp_path: Path, shop: SimpleNamespace) -> None:
-    store = LmdbStore(tmp_path / "online", shop.features)
+    store = open_online(shop.features, tmp_path / "online", "shop")
     inputs = {
         "shop": np.array(["north", None], object),
         "shelf": np.array([1, 2]),
@@ -88,4 +88,4 @@ def test_a_key_of_another_type_than_the_input_is_refused(
     with pytest.raises(
         FeatureStoreError, match="input 'shelf' is int, view 'price' has it as string"
     ):
-        OnlineLookup(features, "buys", LmdbStore(tmp_path / "online", features))
+        OnlineLookup(features, "buys", open_online(features, tmp_path / "online", "shop"))

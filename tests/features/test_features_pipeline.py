@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from mlops_ray.errors import FeatureStoreError, SchemaError
 from mlops_ray.features.columns import to_us
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.online import LmdbStore
+from mlops_ray.features.online import open_online
 from mlops_ray.features.pipeline import FeaturePipeline
 from mlops_ray.features.training_set import join_view
 
@@ -29,7 +28,7 @@ def open_pipeline(root: Path, shop: SimpleNamespace, **options) -> FeaturePipeli
         shop.features,
         shop.tables,
         OfflineStore(root / "offline", shop.features),
-        LmdbStore(root / "online", shop.features),
+        open_online(shop.features, root / "online", "shop"),
         **options,
     )
 
@@ -170,7 +169,7 @@ def test_a_boundary_is_emitted_only_once_it_is_reached(
 
 def test_online_is_offline_at_every_instant(tmp_path: Path, shop: SimpleNamespace) -> None:
     pipeline = open_pipeline(tmp_path, shop)
-    online = LmdbStore(tmp_path / "online", shop.features, readonly=True)
+    online = open_online(shop.features, tmp_path / "online", "shop", readonly=True)
     offline = OfflineStore(tmp_path / "offline", shop.features)
     asked = pa.table(
         {
@@ -206,10 +205,11 @@ def test_a_lost_online_store_is_filled_from_the_offline_one(
     open_pipeline(tmp_path / "copy", shop)
     moments = np.full(4, to_us(shop.hour(70)))
     keys = [np.array(["north", "süd", "ost", "west"], object)]
-    ours = LmdbStore(tmp_path / "online", shop.features).read_matrix("shop_visits", keys, moments)
-    theirs = LmdbStore(tmp_path / "copy" / "online", shop.features).read_matrix(
+    ours = open_online(shop.features, tmp_path / "online", "shop").read_matrix(
         "shop_visits", keys, moments
     )
+    copy = open_online(shop.features, tmp_path / "copy" / "online", "shop")
+    theirs = copy.read_matrix("shop_visits", keys, moments)
     assert (ours[1] == 0).any()
     np.testing.assert_array_equal(ours[0], theirs[0])
     np.testing.assert_array_equal(ours[1], theirs[1])
@@ -229,7 +229,7 @@ def test_of_equal_source_rows_the_last_stays(tmp_path: Path, shop: SimpleNamespa
     )
     open_pipeline(tmp_path, shop).advance(shop.hour(5))
     assert stored(tmp_path, shop)["price"]["price"].to_pylist() == [3.0]
-    store = LmdbStore(tmp_path / "online", shop.features)
+    store = open_online(shop.features, tmp_path / "online", "shop")
     key = [np.array(["north"], object), np.array([1])]
     assert store.read_matrix("price", key, np.array([to_us(shop.hour(5))]))[0][0, 0] == 3.0
 
@@ -238,18 +238,18 @@ def test_a_failed_advance_leaves_the_online_store_as_it_was(
     tmp_path: Path, shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = open_pipeline(tmp_path, shop)
-    write = LmdbStore.write
+    online = open_online(shop.features, tmp_path / "online", "shop")
+    write = type(online).write
 
-    def fail_at_last_view(self, view: str, *rest: Iterable) -> int:
+    def fail_at_last_view(self, view: str, rows: pa.Table) -> int:
         if view == "shelf_visits":
             raise OSError("no space left")
-        return write(self, view, *rest)
+        return write(self, view, rows)
 
-    monkeypatch.setattr(LmdbStore, "write", fail_at_last_view)
+    monkeypatch.setattr(type(online), "write", fail_at_last_view)
     with pytest.raises(OSError, match="no space"):
         pipeline.advance(shop.hour(50))
-    online = LmdbStore(tmp_path / "online", shop.features)
-    assert [online.watermark(view) for view in VIEWS] == [None] * 3
+    assert [online.cursor(view) for view in VIEWS] == [None] * 3
 
 
 def test_newest_is_the_last_arrival(tmp_path: Path, shop: SimpleNamespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from mlops_ray.errors import ExpectationError, FeatureStoreError
 from mlops_ray.features import steps
+from mlops_ray.features.manifest import read_manifest
+from mlops_ray.features.reproduction import training_set_of
 from mlops_ray.features.tables import read_tables, write_tables
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import FeatureVersions
@@ -76,6 +79,41 @@ def test_from_files_to_a_training_set(
     assert idle.versions == everything.versions
     same = steps.training_set(context, shop.features, "buys", cleaned, versions, shop.hour(60))
     assert same.equals(result)
+
+
+@pytest.mark.usefixtures("files")
+def test_a_training_set_is_pinned_and_survives_upkeep(
+    context: Context, recorder: Recorder, shop: SimpleNamespace
+) -> None:
+    raw = steps.extract(context, shop.features)
+    cleaned = steps.clean(replace(context, step="clean"), shop.features, raw)
+    versions = steps.materialize(context, shop.features, cleaned, shop.hour(40))
+    assert versions.tables == {
+        name: steps.open_offline(context, shop.features).table_id(name)
+        for name in shop.features.views
+    }
+    made = steps.training_set(context, shop.features, "buys", cleaned, versions, shop.hour(40))
+    applied = [data["view"] for kind, data in recorder.events if kind == "feature_view_applied"]
+    assert sorted(applied) == sorted(shop.features.views)
+    (event,) = [data for kind, data in recorder.events if kind == "training_manifest"]
+    store = steps.open_offline(context, shop.features)
+    manifest = read_manifest(store.root, event["id"])
+    assert manifest.rows == made.num_rows
+    for hours in (50, 60, 70):
+        steps.materialize(context, shop.features, cleaned, shop.hour(hours))
+    compacted = steps.compact(context, shop.features)
+    assert compacted == {name: store.version(name) for name in shop.features.views}
+    removed = steps.vacuum(context, shop.features, retention=timedelta(0))
+    assert set(removed) == set(shop.features.views)
+    assert recorder.metrics["files_removed"] == sum(removed.values()) > 0
+    labels = read_tables(cleaned)["visits"]
+    assert training_set_of(manifest, shop.features, labels, store).equals(made)
+
+
+@pytest.mark.usefixtures("files")
+def test_upkeep_of_an_empty_store(context: Context, shop: SimpleNamespace) -> None:
+    assert steps.compact(context, shop.features) == {}
+    assert steps.vacuum(context, shop.features) == {}
 
 
 def test_expectations_are_recorded_even_when_they_fail(

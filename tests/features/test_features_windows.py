@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlops_ray.config.features import FeatureView
-from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.tiles import (
     Rows,
     WindowPlan,
@@ -187,22 +186,6 @@ def test_duckdb_agrees_on_rows_that_are_known_at_once() -> None:
             np.testing.assert_allclose(ours, theirs, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("every", "windows"), [("1h", ["90m"]), ("1h", ["30m"]), ("500ms", ["1s"]), ("2h", ["3h"])]
-)
-def test_windows_must_be_multiples_of_every(every: str, windows: list[str]) -> None:
-    view = FeatureView(
-        entity="e",
-        source="s",
-        event_time="t",
-        every=every,
-        windows=windows,
-        aggregates={"n": {"by": "count"}},
-    )
-    with pytest.raises(FeatureStoreError, match=r"multiples of 'every'[\s\S]*fix:"):
-        plan_of(view, "views.v")
-
-
 def test_plan_orders_features_as_the_view_names_them() -> None:
     view = FeatureView(
         entity="e",
@@ -216,7 +199,7 @@ def test_plan_orders_features_as_the_view_names_them() -> None:
             "c": {"by": "max", "of": "y"},
         },
     )
-    plan = plan_of(view, "views.v")
+    plan = plan_of(view)
     assert plan.columns == ("y", "x")
     assert plan.aggregates == (("sum", 0), ("mean", 1), ("max", 0))
     assert plan.windows == (24, 168)

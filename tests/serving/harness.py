@@ -13,7 +13,7 @@ from serving import shop
 
 from mlops_ray.config.serving import Serving
 from mlops_ray.features.lookup import OnlineLookup
-from mlops_ray.features.online import LmdbStore
+from mlops_ray.features.online import open_online
 from mlops_ray.features.service import feature_columns
 from mlops_ray.metadata.delta import Delta
 from mlops_ray.metadata.home import Home
@@ -74,7 +74,7 @@ class LocalShop:
 
 def open_local(store_home: Home, packages: list[Path], home: Home, serving: Serving) -> LocalShop:
     features = shop.features()
-    store = LmdbStore(store_home.online("shop"), features, readonly=True)
+    store = open_online(features, store_home.online("shop"), "shop", readonly=True)
     deltas: list[Delta] = []
     endpoint = Endpoint(
         "shop",

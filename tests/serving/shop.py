@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlops_ray.config.features import Features
 from mlops_ray.config.training import Model
-from mlops_ray.features.online import LmdbStore
+from mlops_ray.features.columns import INSTANT
+from mlops_ray.features.definitions import define
+from mlops_ray.features.online import open_online
 from mlops_ray.features.service import feature_columns
 from mlops_ray.metadata import package
 from mlops_ray.metadata.home import Home
@@ -107,13 +110,22 @@ def features() -> Features:
 
 def fill_store(home: Home, project: str) -> None:
     """Write an hour-old row for each shop and for two customers."""
-    store = LmdbStore(home.online(project), features())
+    store = open_online(features(), home.online(project), project)
     then = np.full(SHOPS, NOW_US - HOUR_US)
     values = np.arange(SHOPS * 4, dtype=np.float64).reshape(SHOPS, 4)
-    store.write("shop_day", [np.arange(SHOPS)], then, then, values)
+    store.write("shop_day", rows("shop_day", np.arange(SHOPS), then, values))
     people = np.array(["anna", "bert"], dtype=object)
-    store.write("customer_last", [people], then[:2], then[:2], np.array([[3.0], [4.0]]))
+    store.write("customer_last", rows("customer_last", people, then[:2], np.array([[3.0], [4.0]])))
     store.flush()
+
+
+def rows(view: str, keys: Any, times: NDArray[Any], values: NDArray[np.float64]) -> pa.Table:
+    """Feature rows, known when they happen; NaN stays NaN."""
+    schema = define(features(), view).schema
+    instants = pa.array(times).cast(INSTANT)
+    columns = [pa.array(keys), instants, instants, *(pa.array(column) for column in values.T)]
+    typed = [column.cast(kind) for column, kind in zip(columns, schema.types, strict=True)]
+    return pa.table(typed, schema=schema)
 
 
 def write_package(folder: Path, seed: int, *, extra: tuple[str, ...] = ()) -> Path:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,10 @@ async def test_log_holds_what_was_answered(local: LocalShop) -> None:
     features = table["features"].to_pylist()
     assert features[0]["customer_last__amount"] == 3.0
     assert features[1]["customer_last__amount"] is None
+    inputs = table["inputs"].to_pylist()
+    assert inputs[1] == early | {"at": datetime(2024, 3, 2, tzinfo=UTC)}
+    kinds = [str(field.type) for field in table.schema.field("inputs").type]
+    assert kinds == ["string", "int64", "double", "string", "bool", "timestamp[us, tz=UTC]"]
     (delta,) = local.deltas
     assert {day: profile.rows for day, profile in delta.buckets.items()} == {
         "2024-03-01": 2,
@@ -298,7 +303,7 @@ def test_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     async def fill() -> PredictionLog:
         from types import SimpleNamespace
 
-        log = PredictionLog(tmp_path, "r")
+        log = PredictionLog(tmp_path, "r", {})
         for number in range(5):
             item: Any = SimpleNamespace(ids=[str(number)], models=None)
             log.add(item)

@@ -1,0 +1,112 @@
+"""Calls of a Redis server, with errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from mlops_ray.errors import FeatureStoreError
+
+Command = tuple[Any, ...]
+
+_IN_FLIGHT = 4
+
+
+class RedisServer:
+    """A Redis server behind a pool of connections, safe for threads.
+
+    Commands are sent on the pool's connections without redis-py's command layer, which takes longer
+    than the server does. Every method raises ``FeatureStoreError`` when the server does not answer
+    within ``timeout_s`` or refuses; what it did then is not known.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        try:
+            self._pool = redis.ConnectionPool.from_url(
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # Whether a call may be repeated, and when, is its caller's to know.
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+            )
+        except ValueError as error:
+            raise FeatureStoreError(
+                "this is no URL of a Redis server",
+                where="features.online.url",
+                why=str(error),
+                fix="write redis://host:6379/0, rediss:// for TLS, or unix:///path",
+            ) from error
+        place = self._pool.connection_kwargs
+        self.address = place.get("path") or f"{place.get('host')}:{place.get('port', 6379)}"
+
+    def call(self, command: Command) -> Any:
+        """Return the answer to a command."""
+        with self._connection() as connection:
+            connection.send_command(*command)
+            return connection.read_response()
+
+    def transaction(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the answers to commands that are run together, in one round trip."""
+        with self._connection() as connection:
+            framed = [(b"MULTI",), *commands, (b"EXEC",)]
+            connection.send_packed_command(connection.pack_commands(framed))
+            refused = None
+            for _ in framed[:-1]:
+                try:
+                    connection.read_response()
+                except redis.ResponseError as error:
+                    refused = refused or error
+            if refused is not None:
+                raise refused
+            answers: list[Any] = connection.read_response()
+        for answer in answers:
+            if isinstance(answer, redis.ResponseError):
+                raise self._error(answer)
+        return answers
+
+    def stream(self, commands: Iterable[Command]) -> Iterator[Any]:
+        """Yield the answer to each command; a few are on their way at any time."""
+        with self._connection() as connection:
+            waiting = 0
+            for command in commands:
+                connection.send_command(*command)
+                waiting += 1
+                if waiting >= _IN_FLIGHT:
+                    yield connection.read_response()
+                    waiting -= 1
+            for _ in range(waiting):
+                yield connection.read_response()
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        try:
+            connection = self._pool.get_connection()
+        except redis.RedisError as error:
+            raise self._error(error) from error
+        try:
+            yield connection
+        except BaseException as error:
+            # Answers that were not read would be taken for those to the next call.
+            connection.disconnect()
+            if isinstance(error, redis.RedisError):
+                raise self._error(error) from error
+            raise
+        finally:
+            self._pool.release(connection)
+
+    def _error(self, error: Exception) -> FeatureStoreError:
+        gone = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+        return FeatureStoreError(
+            "the online store does not answer" if gone else "the online store refused a command",
+            where=f"Redis at {self.address}",
+            why=str(error),
+            fix="see that the server runs and features.online.url is right; then run it again"
+            if gone
+            else "see the server's log: it may be out of memory, or read-only",
+        )

@@ -1,0 +1,300 @@
+"""Packed rows as arrays: what a read of an online store returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mlops_ray.features.columns import NO_TIME
+from mlops_ray.features.definitions import ARROW_TYPES
+from mlops_ray.features.online.layout import FLOAT, HEAD, WORD, Layout, StoredView, convert
+from mlops_ray.features.online.protocol import EXPIRED, NOT_FOUND, NULL, PRESENT, Keys
+
+Values = list[bytes | None]
+"""The packed row of each key of a view, None where there is none."""
+
+_LENGTH_BIT = 32
+_OFFSET = (1 << _LENGTH_BIT) - 1
+
+
+@dataclass
+class _Decoded:
+    """Rows of all views side by side.
+
+    ``words`` is [n, w], ``null`` and ``status`` are [n, features]; ``values`` are the rows by view.
+    """
+
+    words: NDArray[np.int64]
+    status: NDArray[np.uint8]
+    values: list[list[bytes]]
+
+
+class Reader:
+    """Reads a fixed list of views.
+
+    A request is a few rows, so time goes by the number of calls: one row is decoded by Python's
+    ``struct``, several by numpy with as many calls for ten views as for one.
+
+    Args:
+        views: What is read, in order.
+        fetch: Returns the values of each view, given the keys of each.
+        layout_of: Returns the layout of a value that is not of its view's.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[StoredView],
+        fetch: Callable[[Sequence[Keys]], list[Values]],
+        layout_of: Callable[[StoredView, bytes], Layout],
+    ) -> None:
+        self._views = views
+        self._fetch = fetch
+        self._layout_of = layout_of
+        layouts = [view.layout for view in views]
+        self._blanks = [layout.blank for layout in layouts]
+        starts = np.cumsum([0, *(layout.words for layout in layouts)])
+        self._words = int(starts[-1])
+        starts = starts[:-1]
+        self._event, self._created = starts + 1, starts + 2
+        self._ttl_us = np.array([view.ttl_us for view in views])
+        counts = [len(layout.columns) for layout in layouts]
+        null_words = np.array([layout.null_words for layout in layouts])
+        self._nulls = _ranges(starts + HEAD, null_words)
+        self._bits = _ranges(64 * (np.cumsum(null_words) - null_words), counts)
+        self._places = _ranges(starts + HEAD + null_words, counts)
+        self._owner = np.repeat(np.arange(len(views)), counts)
+        dtypes = [dtype for layout in layouts for _, dtype in layout.columns]
+        self._names = [f"{view.name}__{name}" for view in views for name, _ in view.layout.columns]
+        self._dtypes = dtypes
+        self._numeric = np.array(
+            [at for at, dtype in enumerate(dtypes) if dtype in ("float", "int", "bool")], np.intp
+        )
+        self._all_numeric = len(self._numeric) == len(dtypes)
+        self._whole = np.flatnonzero([dtypes[at] == "int" for at in self._numeric])
+        self._numeric_words = self._places[self._numeric]
+        self._single = [_SingleRow(view) for view in views]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The features, ``<view>__<feature>``, in order."""
+        return tuple(self._names)
+
+    @property
+    def numeric_names(self) -> tuple[str, ...]:
+        """The features that ``read`` and ``read_values`` return, in order: float, int and bool."""
+        return tuple(self._names[at] for at in self._numeric)
+
+    def read_values(self, keys: Sequence[Keys], at_us: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the numeric features [n, f] of all views as of ``at_us``; NaN but where PRESENT.
+
+        Args:
+            keys: The key columns of each view.
+            at_us: int64 [n], µs since 1970.
+        """
+        return self.read(keys, at_us)[0]
+
+    def read(
+        self, keys: Sequence[Keys], at_us: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+        """Return the numeric features, float64 [n, f], as of ``at_us``, and uint8 statuses [n, f].
+
+        PRESENT: the value. NULL: the newest row has a null there. EXPIRED: the newest row is older
+        than the view's TTL at that moment. NOT_FOUND: there is no row; or the newest one lies after
+        that moment, by event time or created time (the store keeps no older one); or a key is null.
+        All but PRESENT are NaN in the matrix. bools are 0 and 1; an int beyond 2^53 is rounded.
+        """
+        values = self._rows(keys)
+        if len(at_us) == 1:
+            return self._single_row(values, int(at_us[0]))
+        words = self._join(values)
+        status = self._status(words, at_us)
+        if not self._all_numeric:
+            status = status.take(self._numeric, 1)
+        matrix = self._matrix(words)
+        if status.any():
+            matrix[status != PRESENT] = np.nan
+        return matrix, status
+
+    def read_columns(
+        self, keys: Sequence[Keys], at_us: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """Return every feature as of ``at_us`` by its name ``<view>__<feature>``, arrays [n].
+
+        float64 with NaN for float, int and bool, as in ``read``; objects (str, None) for strings;
+        ``datetime64[us]`` with NaT for timestamps.
+        """
+        if self._all_numeric:
+            return dict(zip(self._names, self.read(keys, at_us)[0].T, strict=True))
+        decoded = self._decode(self._rows(keys), at_us)
+        matrix = self._matrix(decoded.words)
+        matrix[decoded.status[:, self._numeric] != PRESENT] = np.nan
+        columns: dict[str, NDArray[Any]] = {
+            self._names[at]: matrix[:, column] for column, at in enumerate(self._numeric)
+        }
+        for at, (name, dtype) in enumerate(zip(self._names, self._dtypes, strict=True)):
+            if dtype == "string":
+                columns[name] = np.array(self._texts(decoded, at), object)
+            elif dtype == "timestamp":
+                instants = decoded.words[:, self._places[at]].copy()
+                instants[decoded.status[:, at] != PRESENT] = NO_TIME
+                columns[name] = instants.view("datetime64[us]")
+        return {name: columns[name] for name in self._names}
+
+    def read_table(
+        self, keys: Sequence[Keys], at_us: NDArray[np.int64]
+    ) -> tuple[pa.Table, NDArray[np.uint8]]:
+        """Return all features exactly as they were written, and the status of each [n, f].
+
+        The table's columns are called ``<view>__<feature>`` and have the types of the views' schemas;
+        what is not PRESENT is null there.
+        """
+        decoded = self._decode(self._rows(keys), at_us)
+        columns = [self._arrow(decoded, at) for at in range(len(self._names))]
+        return pa.table(columns, names=self._names), decoded.status
+
+    def _rows(self, keys: Sequence[Keys]) -> list[Values]:
+        """Return the values of each view, all in the view's present layout."""
+        found = self._fetch(keys)
+        for at, view in enumerate(self._views):
+            schema = view.layout.schema
+            if not all([v is None or v.startswith(schema) for v in found[at]]):
+                found[at] = [v and self._converted(view, v) for v in found[at]]
+        return found
+
+    def _converted(self, view: StoredView, value: bytes) -> bytes:
+        if value.startswith(view.layout.schema):
+            return value
+        return convert(value, self._layout_of(view, value[:8]), view.layout)
+
+    def _join(self, found: list[Values]) -> NDArray[np.int64]:
+        whole = [
+            [v or blank for v in values] for values, blank in zip(found, self._blanks, strict=True)
+        ]
+        for at, view in enumerate(self._views):
+            if view.layout.has_strings:
+                whole[at] = [value[: view.layout.size] for value in whole[at]]
+        rows = whole[0] if len(whole) == 1 else chain.from_iterable(zip(*whole, strict=True))
+        return np.frombuffer(b"".join(rows), WORD).reshape(-1, self._words)
+
+    def _matrix(self, words: NDArray[np.int64]) -> NDArray[np.float64]:
+        matrix = words.view(FLOAT).take(self._numeric_words, 1)
+        if len(self._whole):
+            matrix[:, self._whole] = words.take(self._numeric_words[self._whole], 1)
+        return matrix
+
+    def _judge(
+        self, words: NDArray[np.int64], at_us: NDArray[np.int64]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return which rows [n, views] are too old, and which lie after their moment."""
+        at = at_us[:, None]
+        event = words.take(self._event, 1)
+        after = np.maximum(event, words.take(self._created, 1)) > at
+        # A missing row's event time is the largest number there is; its age would overflow.
+        return (at - event > self._ttl_us) & ~after, after
+
+    def _status(self, words: NDArray[np.int64], at_us: NDArray[np.int64]) -> NDArray[np.uint8]:
+        old, after = self._judge(words, at_us)
+        null_words = words.take(self._nulls, 1)
+        if null_words.any():
+            bits = np.unpackbits(null_words.view(np.uint8), axis=1, bitorder="little")
+            status = bits.take(self._bits, 1)
+        else:
+            status = np.zeros((len(words), len(self._bits)), np.uint8)
+        if old.any():
+            status[old[:, self._owner]] = EXPIRED
+        if after.any():
+            status[after[:, self._owner]] = NOT_FOUND
+        return status
+
+    def _decode(self, found: list[Values], at_us: NDArray[np.int64]) -> _Decoded:
+        words = self._join(found)
+        values = [[v or b"" for v in column] for column in found]
+        return _Decoded(words, self._status(words, at_us), values)
+
+    def _texts(self, decoded: _Decoded, at: int) -> list[str | None]:
+        view = int(self._owner[at])
+        size = self._views[view].layout.size
+        texts: list[str | None] = []
+        for value, word, status in zip(
+            decoded.values[view],
+            decoded.words[:, self._places[at]].tolist(),
+            decoded.status[:, at].tolist(),
+            strict=True,
+        ):
+            begin = size + (word & _OFFSET)
+            text = value[begin : begin + (word >> _LENGTH_BIT)]
+            texts.append(text.decode() if status == PRESENT else None)
+        return texts
+
+    def _arrow(self, decoded: _Decoded, at: int) -> pa.Array:
+        dtype, absent = self._dtypes[at], decoded.status[:, at] != PRESENT
+        if dtype == "string":
+            return pa.array(self._texts(decoded, at), pa.string())
+        words = np.ascontiguousarray(decoded.words[:, self._places[at]])
+        if dtype == "float":
+            return pa.array(words.view(FLOAT), mask=absent, from_pandas=False)
+        if dtype == "bool":
+            return pa.array(words.view(FLOAT) == 1, mask=absent)
+        return pa.array(words, mask=absent).cast(ARROW_TYPES[dtype])
+
+    def _single_row(
+        self, found: list[Values], at_us: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+        numbers: list[float] = []
+        statuses = bytearray()
+        for single, (value,) in zip(self._single, found, strict=True):
+            single.decode(value, at_us, numbers, statuses)
+        return np.array([numbers], np.float64), np.frombuffer(statuses, np.uint8)[None]
+
+
+class _SingleRow:
+    """Decodes one row of a view, its numeric features only."""
+
+    def __init__(self, view: StoredView) -> None:
+        layout = view.layout
+        self._ttl_us = view.ttl_us
+        self._unpack = layout.unpack
+        self._first = layout.first
+        self._places = [
+            place for place, (_, dtype) in enumerate(layout.columns)
+            if dtype in ("float", "int", "bool")
+        ]  # fmt: skip
+        self._all = len(self._places) == len(layout.columns)
+        self._blank = [np.nan] * len(self._places)
+        self._bytes = {s: bytes([s]) * len(self._places) for s in (PRESENT, NOT_FOUND, EXPIRED)}
+
+    def decode(
+        self, value: bytes | None, at_us: int, numbers: list[float], statuses: bytearray
+    ) -> None:
+        """Append the row's numbers and their statuses as of ``at_us``."""
+        row = None if value is None else self._unpack(value)
+        if row is None or row[1] > at_us or row[2] > at_us:
+            numbers += self._blank
+            statuses += self._bytes[NOT_FOUND]
+        elif at_us - row[1] > self._ttl_us:
+            numbers += self._blank
+            statuses += self._bytes[EXPIRED]
+        elif any(row[HEAD : self._first]):
+            self._decode_nulls(row, numbers, statuses)
+        else:
+            words = row[self._first :]
+            numbers += words if self._all else [words[place] for place in self._places]
+            statuses += self._bytes[PRESENT]
+
+    def _decode_nulls(self, row: Any, numbers: list[float], statuses: bytearray) -> None:
+        for place in self._places:
+            null = row[HEAD + place // 64] >> place % 64 & 1
+            numbers.append(np.nan if null else row[self._first + place])
+            statuses.append(NULL if null else PRESENT)
+
+
+def _ranges(starts: Any, lengths: Any) -> NDArray[np.int64]:
+    """Return all of start, start + 1, … for each start and its length."""
+    parts = [np.arange(s, s + n, dtype=np.int64) for s, n in zip(starts, lengths, strict=True)]
+    return np.concatenate(parts)

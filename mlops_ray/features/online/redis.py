@@ -1,0 +1,230 @@
+"""The online store of a cluster: a Redis server that all nodes reach."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mlops_ray.config.features import Features
+from mlops_ray.errors import FeatureStoreError
+from mlops_ray.features.online import scripts
+from mlops_ray.features.online.connection import Command, RedisServer
+from mlops_ray.features.online.encoding import encode_keys
+from mlops_ray.features.online.layout import Layout, StoredView, stored_view, unknown_layout
+from mlops_ray.features.online.protocol import Cursor, Keys
+from mlops_ray.features.online.reader import Reader, Values
+from mlops_ray.features.online.rows import newest_rows
+
+_CALL_ROWS = 1000
+
+
+class RedisStore:
+    """An online store in a Redis server; see ``OnlineStore`` for what the methods promise.
+
+    Any number of processes on any machine may read and write. Each thousand rows of a write are
+    compared and put by one script, so a written row is whole and never older than what was there.
+    What the server acknowledged is as durable as its persistence makes it (``appendfsync always``
+    loses nothing). Give it ``maxmemory-policy noeviction``: a store is no cache.
+
+    Nothing is asked of the server before the first read or write, and after it was gone the next
+    call connects again.
+
+    Args:
+        features: The declarations of the views; ``features.online`` says where the server is.
+        project: What all keys begin with.
+        readonly: Open for reading only, as serving does.
+    """
+
+    def __init__(self, features: Features, project: str, *, readonly: bool = False) -> None:
+        self._server = RedisServer(features.online.url, features.online.timeout.total_seconds())
+        self._timeout_s = features.online.timeout.total_seconds()
+        self._may_miss = features.online.on_failure == "missing"
+        self._silent_until_s = 0.0
+        self._readonly = readonly
+        self._project = project
+        self._views = {name: stored_view(features, name) for name in features.views}
+        self._fillings, self._layouts, self._known, self._cursors = (
+            f"{project}:{name}".encode() for name in ("fillings", "layouts", "views", "cursors")
+        )
+        self._batch: list[Command] | None = None
+        self._moved: dict[str, Cursor] = {}
+
+    def write(self, view: str, rows: pa.Table) -> int:
+        """Keep the newest row of each entity, stored ones included; return how many were written.
+
+        Inside a batch: how many rows the server will decide about.
+        """
+        self._check_writable()
+        stored = self._view(view)
+        keys = self._rows_key(stored), self._fillings, self._layouts, self._known
+        head = stored.layout.schema, stored.layout.to_json()
+        calls = (
+            _call(scripts.WRITE, keys, (*head, *chain.from_iterable(values.items())))
+            for values in newest_rows(stored, rows, most=_CALL_ROWS)
+        )
+        if self._batch is None:
+            return sum(self._server.stream(calls))
+        commands = list(calls)
+        self._batch += commands
+        return sum((len(command) - 3 - len(keys) - len(head)) // 2 for command in commands)
+
+    def replace(self, view: str, tables: Iterable[pa.Table], cursor: Cursor) -> int:
+        """Fill these rows into a hash of their own, then put it in the place of the view's rows.
+
+        Raises:
+            FeatureStoreError: Another process began to do the same; its rows will stand.
+        """
+        self._check_writable()
+        if self._batch is not None:
+            raise FeatureStoreError("a view cannot be replaced inside a batch")
+        stored = self._view(view)
+        token = uuid.uuid4().hex.encode()
+        keys = self._rows_key(stored), self._fillings
+        head = stored.layout.schema, stored.layout.to_json(), token
+        self._server.call(_call(scripts.BEGIN, (*keys, self._layouts, self._known), head))
+        calls = (
+            _call(scripts.FILL, keys, (token, *chain.from_iterable(values.items())))
+            for rows in tables
+            for values in newest_rows(stored, rows, most=_CALL_ROWS)
+        )
+        written = 0
+        for count in self._server.stream(calls):
+            self._check_mine(view, count)
+            written += count
+        content = json.dumps(asdict(cursor)).encode()
+        end = _call(scripts.FINISH, (*keys, self._cursors), (token, content))
+        self._check_mine(view, self._server.call(end))
+        return written
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Send all writes inside as one transaction at the end."""
+        self._check_writable()
+        if self._batch is not None:
+            yield
+            return
+        self._batch = []
+        try:
+            yield
+            if self._batch:
+                self._server.transaction(self._batch)
+        finally:
+            self._batch = None
+            self._moved.clear()
+
+    def cursor(self, view: str) -> Cursor | None:
+        """Return up to where the view is filled, None if never."""
+        stored = self._view(view)
+        if view in self._moved:
+            return self._moved[view]
+        value = self._server.call((b"HGET", self._cursors, self._rows_key(stored)))
+        return None if value is None else Cursor(**json.loads(value))
+
+    def move_cursor(self, view: str, cursor: Cursor) -> None:
+        """Say up to where the view is filled. For rows of one making it never moves back."""
+        self._check_writable()
+        before = self.cursor(view)
+        moved = cursor if before is None else before.joined(cursor)
+        content = json.dumps(asdict(moved)).encode()
+        command = (b"HSET", self._cursors, self._rows_key(self._view(view)), content)
+        if self._batch is None:
+            self._server.call(command)
+        else:
+            self._batch.append(command)
+            self._moved[view] = moved
+
+    def reader(self, views: Sequence[str]) -> Reader:
+        """Return a reader of several views, whose rows it sees in one consistent state.
+
+        It reads all of them in one round trip. Where ``features.online.on_failure`` is missing and
+        the server does not answer, every feature is NOT_FOUND, and for as long as a timeout takes the
+        server is not asked again.
+        """
+        stored = [self._view(view) for view in views]
+        names = [self._rows_key(view) for view in stored]
+
+        def fetch(keys: Sequence[Keys]) -> list[Values]:
+            encoded = [encode_keys(b"", columns) for columns in keys]
+            if self._may_miss and time.monotonic() < self._silent_until_s:
+                return [[None] * len(column) for column in encoded]
+            try:
+                return self._get(names, encoded)
+            except FeatureStoreError:
+                if not self._may_miss:
+                    raise
+                self._silent_until_s = time.monotonic() + self._timeout_s
+                return [[None] * len(column) for column in encoded]
+
+        return Reader(stored, fetch, self._layout_of)
+
+    def read_matrix(
+        self, view: str, keys: Keys, at_us: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+        """Return the features of each key as of ``at_us`` and their statuses: ``Reader.read``."""
+        return self.reader([view]).read([keys], at_us)
+
+    def clear(self) -> None:
+        """Forget everything of the project: readers see it empty."""
+        self._check_writable()
+        keys = self._fillings, self._layouts, self._known, self._cursors
+        self._server.call(_call(scripts.CLEAR, keys, ()))
+
+    def flush(self) -> None:
+        """Nothing is held back here: how durable a write is, the server's persistence decides."""
+
+    def _get(self, names: list[bytes], encoded: list[list[bytes | None]]) -> list[Values]:
+        # An empty field stands for a key with a null: there is no such field.
+        commands: list[Command] = [
+            (b"HMGET", name, *[key or b"" for key in keys])
+            for name, keys in zip(names, encoded, strict=True)
+            if keys
+        ]
+        if not commands:
+            return [[] for _ in names]
+        if len(commands) == 1:
+            return [self._server.call(commands[0])]
+        return self._server.transaction(commands)
+
+    def _check_writable(self) -> None:
+        if self._readonly:
+            raise FeatureStoreError(
+                "this online store is open for reading", where=self._server.address
+            )
+
+    def _check_mine(self, view: str, answer: int) -> None:
+        if answer < 0:
+            raise FeatureStoreError(
+                f"another process fills view {view!r} anew",
+                where=self._server.address,
+                fix="wait for its end, then run it again",
+            )
+
+    def _view(self, name: str) -> StoredView:
+        if name not in self._views:
+            raise FeatureStoreError(
+                f"there is no feature view {name!r}", fix=f"known views: {', '.join(self._views)}"
+            )
+        return self._views[name]
+
+    def _rows_key(self, view: StoredView) -> bytes:
+        return f"{self._project}:{view.name}:{view.digest.hex()}".encode()
+
+    def _layout_of(self, view: StoredView, schema: bytes) -> Layout:
+        content = self._server.call((b"HGET", self._layouts, schema))
+        if content is None:
+            raise unknown_layout(view.name, self._server.address)
+        return Layout.from_json(content)
+
+
+def _call(script: str, keys: Sequence[bytes], arguments: Sequence[Any]) -> Command:
+    return (b"EVAL", script, len(keys), *keys, *arguments)

@@ -1,0 +1,291 @@
+"""Parity: were the features that requests saw online those that the offline store gives for them?"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pyarrow import ipc
+
+from mlops_ray.config.base import Frozen, Instant
+from mlops_ray.config.features import Features
+from mlops_ray.features.code import code_digest_of
+from mlops_ray.features.columns import INSTANT
+from mlops_ray.features.join import join_view
+from mlops_ray.features.offline import OfflineStore
+from mlops_ray.features.service import (
+    feature_columns,
+    find_service,
+    inputs_of,
+    on_demand_features,
+)
+
+TIME, INPUTS, FEATURES = "time", "inputs", "features"
+
+_EXAMPLES = 3
+_BATCH_ROWS = 100_000
+_ALWAYS = np.iinfo(np.int64).max
+_FILES_REMEMBERED = 16
+
+
+class Difference(Frozen):
+    """One row in which a feature differed."""
+
+    id: str
+    time: Instant
+    online: float | str | None
+    offline: float | str | None
+
+
+class FeatureParity(Frozen):
+    """One feature over all rows compared. ``largest`` is the largest absolute difference of numbers."""
+
+    feature: str
+    rows: int
+    different: int
+    largest: float | None = None
+    examples: tuple[Difference, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """The share of rows in which the feature differed."""
+        return self.different / self.rows if self.rows else 0.0
+
+
+class ParityReport(Frozen):
+    """What a parity job found.
+
+    ``waiting`` rows were asked for a moment up to which the offline store is not complete yet;
+    ``without_inputs`` were logged without what is needed to look them up. ``breached``: some
+    feature differs in more than the share ``threshold`` of the rows.
+    """
+
+    service: str
+    since: Instant | None
+    until: Instant | None
+    rows: int
+    waiting: int
+    without_inputs: int
+    threshold: float
+    tolerance: float
+    breached: bool
+    features: tuple[FeatureParity, ...]
+
+
+def check_parity(
+    features: Features,
+    service: str,
+    store: OfflineStore,
+    log: Path,
+    *,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    tolerance: float = 0.0,
+    threshold: float = 0.0,
+) -> ParityReport:
+    """Join the logged requests offline as of their times and compare feature by feature.
+
+    Equal are values with the same bits; NaN, null and a missing row are one and the same. Rows are
+    read in bounded batches.
+
+    Args:
+        features: The declarations.
+        service: The service whose requests were logged.
+        store: The offline store.
+        log: The folder with the prediction log's files.
+        since: Earliest request time, if any.
+        until: Latest request time, if any.
+        tolerance: How far numbers may lie apart, relative to the larger one, and still be equal.
+        threshold: The share of rows in which a feature may differ.
+    """
+    declared = find_service(features, service)
+    numeric, categorical = feature_columns(features, service)
+    known_us = _complete_until_us(features, store, declared.views)
+    tally = {name: _Tally(name) for name in (*numeric, *categorical)}
+    rows = waiting = without = 0
+    for batch in _logged(log, since, until):
+        found = batch.filter(_is_whole(batch))
+        without += batch.num_rows - found.num_rows
+        if known_us is not None:
+            known = found.filter(pc.less_equal(found[TIME], pa.scalar(known_us, INSTANT)))
+            waiting, found = waiting + found.num_rows - known.num_rows, known
+        else:
+            waiting, found = waiting + found.num_rows, found.slice(0, 0)
+        if found.num_rows:
+            rows += found.num_rows
+            _compare(features, service, store, found, tally, tolerance)
+    results = tuple(item.result(rows) for item in tally.values())
+    return ParityReport(
+        service=service,
+        since=since,
+        until=until,
+        rows=rows,
+        waiting=waiting,
+        without_inputs=without,
+        threshold=threshold,
+        tolerance=tolerance,
+        breached=any(result.share > threshold for result in results),
+        features=results,
+    )
+
+
+def export(project: str, report: ParityReport) -> None:
+    """Show a report as Prometheus gauges, exported by Ray as ``ray_mlops_ray_parity_…``."""
+    from ray.util.metrics import Gauge
+
+    share = Gauge(
+        "mlops_ray_parity_different_share",
+        "Share of logged requests whose feature differs offline.",
+        tag_keys=("project", "service", "feature"),
+    )
+    rows = Gauge("mlops_ray_parity_rows", "Requests compared.", tag_keys=("project", "service"))
+    tags = {"project": project, "service": report.service}
+    rows.set(report.rows, tags)
+    for feature in report.features:
+        share.set(feature.share, tags | {"feature": feature.feature})
+
+
+def _complete_until_us(features: Features, store: OfflineStore, views: Sequence[str]) -> int | None:
+    """Return the moment up to which all views are stored, None where one has no table."""
+    marks = [store.watermark(view, generation=code_digest_of(features, view)) for view in views]
+    known = [mark for mark in marks if mark is not None]
+    return min(known, default=_ALWAYS) if len(known) == len(marks) else None
+
+
+def _logged(log: Path, since: datetime | None, until: datetime | None) -> Iterator[pa.Table]:
+    """Yield the logged rows in batches, each id once: after a failed flush it may stand twice."""
+    recent: dict[str, deque[set[str]]] = {}
+    for file in sorted(log.glob("*.arrow")):
+        with pa.memory_map(str(file)) as source:
+            table = ipc.open_file(source).read_all()
+        replica = file.stem.partition("-")[2].rpartition("-")[0]
+        before = recent.setdefault(replica, deque(maxlen=_FILES_REMEMBERED))
+        ids = table["id"].to_pylist()
+        keep = [not any(identifier in seen for seen in before) for identifier in ids]
+        before.append(set(ids))
+        table = table.filter(pa.array(keep, pa.bool_()))
+        for bound, compare in ((since, pc.greater_equal), (until, pc.less_equal)):
+            if bound is not None:
+                table = table.filter(compare(table[TIME], pa.scalar(bound, INSTANT)))
+        for start in range(0, table.num_rows, _BATCH_ROWS):
+            yield table.slice(start, _BATCH_ROWS)
+
+
+def _is_whole(batch: pa.Table) -> pa.Array:
+    if INPUTS not in batch.column_names:
+        return pa.array(np.zeros(batch.num_rows, np.bool_))
+    return pc.is_valid(batch[INPUTS])
+
+
+def _compare(
+    features: Features,
+    service: str,
+    store: OfflineStore,
+    batch: pa.Table,
+    tally: dict[str, _Tally],
+    tolerance: float,
+) -> None:
+    offline = _joined(features, service, store, pa.table(_fields(batch, INPUTS)))
+    online = _fields(batch, FEATURES)
+    for name, item in tally.items():
+        if name not in online:
+            continue
+        ours, theirs = _values(online[name]), _values(offline[name])
+        item.add(batch, ours, theirs, tolerance)
+
+
+def _joined(
+    features: Features, service: str, store: OfflineStore, inputs: pa.Table
+) -> dict[str, Any]:
+    """Return every feature of the service as of each row's time, from the offline store."""
+    declared = features.services[service]
+    columns: dict[str, Any] = {}
+    for view in declared.views:
+        columns |= join_view(features, view, inputs, declared.time, store)
+    stored = {name: _values(column) for name, column in columns.items()}
+    return columns | on_demand_features(features, service)(inputs_of(inputs, declared), stored)
+
+
+def _fields(batch: pa.Table, name: str) -> dict[str, pa.ChunkedArray]:
+    struct = batch[name]
+    return {field.name: pc.struct_field(struct, field.name) for field in struct.type}
+
+
+def _values(column: Any) -> NDArray[Any]:
+    """Return floats with NaN for null, or an object array of texts with None."""
+    if isinstance(column, np.ndarray):
+        return column
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_null(kind):
+        return np.array(column.to_pylist(), object)
+    return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+
+
+class _Tally:
+    """Counts the differences of one feature over batches."""
+
+    def __init__(self, feature: str) -> None:
+        self._feature = feature
+        self._different = 0
+        self._largest: float | None = None
+        self._examples: list[Difference] = []
+
+    def add(
+        self, batch: pa.Table, online: NDArray[Any], offline: NDArray[Any], tolerance: float
+    ) -> None:
+        different = differ(online, offline, tolerance)
+        rows = np.flatnonzero(different)
+        self._different += len(rows)
+        if online.dtype == np.float64 and offline.dtype == np.float64 and len(rows):
+            apart = np.abs(online[rows] - offline[rows])
+            apart = apart[~np.isnan(apart)]
+            if len(apart):
+                self._largest = max(float(apart.max()), self._largest or 0.0)
+        for row in rows[: _EXAMPLES - len(self._examples)].tolist():
+            self._examples.append(
+                Difference(
+                    id=batch["id"][row].as_py(),
+                    time=batch[TIME][row].as_py(),
+                    online=_plain(online[row]),
+                    offline=_plain(offline[row]),
+                )
+            )
+
+    def result(self, rows: int) -> FeatureParity:
+        return FeatureParity(
+            feature=self._feature,
+            rows=rows,
+            different=self._different,
+            largest=self._largest,
+            examples=tuple(self._examples),
+        )
+
+
+def differ(online: NDArray[Any], offline: NDArray[Any], tolerance: float) -> NDArray[np.bool_]:
+    """Return which values differ, bool [n]; ``tolerance`` is relative to the larger of two numbers."""
+    if online.dtype == object or offline.dtype == object:
+        pairs = zip(online.tolist(), offline.tolist(), strict=True)
+        return np.array([_text(a) != _text(b) for a, b in pairs], np.bool_)
+    same = online.view(np.int64) == offline.view(np.int64)
+    same |= np.isnan(online) & np.isnan(offline)
+    if tolerance:
+        larger = np.maximum(np.abs(online), np.abs(offline))
+        same |= np.abs(online - offline) <= tolerance * larger
+    return np.asarray(~same, np.bool_)
+
+
+def _text(value: Any) -> Any:
+    return None if value is None or value != value else value
+
+
+def _plain(value: Any) -> float | str | None:
+    if value is None or value != value:
+        return None
+    return value if isinstance(value, str) else float(value)

@@ -1,0 +1,177 @@
+"""Parity: what requests saw online, joined once more from the offline store."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from serving import shop
+from serving.harness import LocalShop, open_local
+
+from mlops_ray.config.serving import Serving
+from mlops_ray.features import parity, steps
+from mlops_ray.features.materialize import materialize_view
+from mlops_ray.features.offline import OfflineStore
+from mlops_ray.features.online import open_online
+from mlops_ray.features.parity import ParityReport, check_parity
+from mlops_ray.metadata.home import Home
+from mlops_ray.orchestration.context import Context, Silent
+
+COMPLETE_US = shop.NOW_US + 10 * shop.HOUR_US
+
+
+class Recorder(Silent):
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def event(self, kind: str, **data: Any) -> None:
+        self.events.append((kind, data))
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> OfflineStore:
+    """The shop's offline store, and its online store filled from it."""
+    home = Home(tmp_path / "home")
+    store = OfflineStore(home.offline("shop"), shop.features())
+    then = np.full(shop.SHOPS, shop.NOW_US - shop.HOUR_US)
+    values = np.arange(shop.SHOPS * 4, dtype=np.float64).reshape(shop.SHOPS, 4)
+    store.append(
+        "shop_day", shop.rows("shop_day", np.arange(shop.SHOPS), then, values), COMPLETE_US
+    )
+    people = np.array(["anna", "bert"], dtype=object)
+    amounts = np.array([[3.0], [np.nan]])
+    store.append(
+        "customer_last", shop.rows("customer_last", people, then[:2], amounts), COMPLETE_US
+    )
+    online = open_online(shop.features(), home.online("shop"), "shop")
+    for view in shop.features().views:
+        materialize_view(store, online, view)
+    return store
+
+
+@pytest.fixture
+def asked(offline: OfflineStore, packages: list[Path], tmp_path: Path) -> LocalShop:
+    """An endpoint that has answered three requests."""
+    import asyncio
+
+    home = Home(tmp_path / "home")
+    local = open_local(home, packages, home, Serving())
+
+    async def ask() -> None:
+        await local.endpoint.reconfigure(local.config(1))
+        bert = shop.ROW | {"customer": "bert", "coupon": "spring", "shop": 3}
+        early = shop.ROW | {"at": "2024-03-01T10:59:59Z"}
+        await local.predict([shop.ROW, bert], ids=["a", "b"])
+        await local.predict([early], ids=["c"])
+        await local.endpoint.flush()
+
+    asyncio.run(ask())
+    return local
+
+
+def check(asked: LocalShop, store: OfflineStore, **more: Any) -> ParityReport:
+    log = asked.home.predictions("shop") / "predictions"
+    return check_parity(shop.features(), "buys", store, log, **more)
+
+
+def test_equal_stores_agree_to_the_bit(asked: LocalShop, offline: OfflineStore) -> None:
+    report = check(asked, offline)
+    assert (report.rows, report.waiting, report.without_inputs) == (3, 0, 0)
+    assert not report.breached
+    assert {item.feature for item in report.features} == {
+        "shop_day__visits_1d", "shop_day__visits_7d", "shop_day__mean_1d", "shop_day__mean_7d",
+        "customer_last__amount", "amount", "hour", "coupon",
+    }  # fmt: skip
+    assert all(item.different == 0 and item.rows == 3 for item in report.features)
+
+
+def test_a_row_that_online_never_got_is_found(
+    asked: LocalShop, offline: OfflineStore, tmp_path: Path
+) -> None:
+    other = OfflineStore(tmp_path / "other", shop.features())
+    when = np.array([shop.NOW_US - 1000])
+    missed = shop.rows("customer_last", np.array(["anna"], object), when, np.array([[5.0]]))
+    for view in shop.features().views:
+        tables = [offline.read(view), *([missed] if view == "customer_last" else [])]
+        other.append(view, tables, COMPLETE_US)
+    report = check(asked, other, threshold=0.3)
+    by_name = {item.feature: item for item in report.features}
+    assert by_name["customer_last__amount"].different == 1
+    assert by_name["customer_last__amount"].largest == 2.0
+    (example,) = by_name["customer_last__amount"].examples
+    assert (example.id, example.online, example.offline) == ("a", 3.0, 5.0)
+    assert report.breached
+    assert not check(asked, other, threshold=0.34).breached
+    assert not check(asked, other, tolerance=0.4).breached
+    assert check(asked, other, tolerance=0.39).breached
+    assert sum(item.different for item in report.features) == 1
+
+
+def test_rows_wait_until_the_offline_store_is_complete(
+    asked: LocalShop, offline: OfflineStore, tmp_path: Path
+) -> None:
+    early = OfflineStore(tmp_path / "early", shop.features())
+    assert check(asked, early).waiting == 3
+    for view in shop.features().views:
+        early.append(view, offline.read(view), shop.NOW_US - shop.HOUR_US)
+    report = check(asked, early)
+    assert (report.rows, report.waiting) == (1, 2)
+
+
+def test_a_span_of_time_and_requests_logged_twice(asked: LocalShop, offline: OfflineStore) -> None:
+    assert check(asked, offline, since=shop.NOW).rows == 2
+    assert check(asked, offline, until=shop.NOW - timedelta(seconds=1)).rows == 1
+    folder = asked.home.predictions("shop") / "predictions"
+    (file,) = folder.glob("*.arrow")
+    shutil.copy(file, file.with_name(file.name.replace("-000001", "-000002")))
+    assert check(asked, offline).rows == 3
+
+
+def test_rows_logged_before_inputs_were_are_counted(
+    asked: LocalShop, offline: OfflineStore
+) -> None:
+    folder = asked.home.predictions("shop") / "predictions"
+    (file,) = folder.glob("*.arrow")
+    with pa.OSFile(str(file)) as source:
+        table = pa.ipc.open_file(source).read_all().drop_columns(["inputs"])
+    with pa.ipc.new_file(str(file), table.schema) as writer:
+        writer.write_table(table)
+    report = check(asked, offline)
+    assert (report.rows, report.without_inputs) == (0, 3)
+    assert not report.breached
+
+
+@pytest.mark.parametrize(
+    ("online", "offline", "different"),
+    [
+        ([1.0, np.nan, 0.0], [1.0, np.nan, -0.0], [False, False, True]),
+        ([1.0, np.nan], [np.nextafter(1, 2), 1.0], [True, True]),
+    ],
+)
+def test_equal_is_equal_to_the_bit(online: Any, offline: Any, different: Any) -> None:
+    found = parity.differ(np.array(online), np.array(offline), 0.0)
+    assert found.tolist() == different
+
+
+def test_texts_and_nulls() -> None:
+    one = np.array(["a", None, "b", None], object)
+    other = np.array(["a", None, "c", "d"], object)
+    assert parity.differ(one, other, 0.0).tolist() == [False, False, True, True]
+
+
+def test_the_step_reports_and_shows_metrics(
+    asked: LocalShop, offline: OfflineStore, ray_cluster: Any
+) -> None:
+    recorder = Recorder()
+    context = Context("shop", asked.home, reporter=recorder)
+    report = steps.check_parity(context, shop.features(), "buys")
+    assert report.rows == 3
+    ((kind, data),) = recorder.events
+    assert kind == "parity"
+    assert (data["rows"], data["breached"]) == (3, False)
+    assert steps.rebuild_online(context, shop.features()) == {"shop_day": 20, "customer_last": 2}
