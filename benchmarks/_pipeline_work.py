@@ -5,6 +5,7 @@ python -m benchmarks._pipeline_work ours|polars FOLDER CORES
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -100,7 +101,7 @@ def ours(folder: Path, cores: int) -> dict[str, Any]:
     pieces = pieces_of_file(table_path(folder / "cleaned", "sales"))
     done = backfill(offline, origin_of(features, "sold"), pieces, START_US, 100 * 365 * DAY_US)
     marks.append(time.perf_counter())
-    spent = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    spent = [after - before for before, after in itertools.pairwise(marks)]
     ray.shutdown()
     return {"seconds": marks[-1] - marks[0], "rows": rows, "made": done.rows, "stages": spent}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,7 @@ def freshness(overrides: tuple[str, ...], at: datetime | None, as_json: bool) ->
         _print_json(found)
     else:
         rows = [
-            (f.view, _moment(f.newest_event), _length(f.age), _length(f.target), _fresh(f))
+            (f.view, _moment(f.newest_event), _age(f.age), _length(f.target), _fresh(f))
             for f in found
         ]
         print_table(("view", "newest event", "age", "target", ""), rows)
@@ -153,7 +153,8 @@ def get(
 ) -> None:
     """Look up the features of VIEW for one entity: features get weather origin=JFK project=flights.
 
-    KEY=VALUE names the entity's keys. project=… and every name with a dot is an override.
+    KEY=VALUE names the entity's keys. project=… and every name with a dot is an override. The online
+    store keeps each entity's newest row only: of a moment in the past ask with --offline.
     """
     overrides = tuple(item for item in given if _is_override(item))
     store = open_store(overrides)
@@ -335,6 +336,17 @@ def _moment(value: datetime | None) -> str:
 
 def _length(value: Any) -> str:
     return "" if value is None else format_duration(value)
+
+
+def _age(value: timedelta | None) -> str:
+    """Write a length of time in the largest unit of which it has at least two."""
+    if value is None:
+        return "no row"
+    seconds = value.total_seconds()
+    for name, unit in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if abs(seconds) >= 2 * unit:
+            return f"{seconds / unit:.1f}{name}"
+    return f"{seconds:.1f}s"
 
 
 def _number(value: Any) -> str:

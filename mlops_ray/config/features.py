@@ -293,12 +293,18 @@ class Online(Frozen):
 
     ``url`` is a Redis URL. A Redis that does not answer within ``timeout`` is an error, or with
     ``on_failure: missing`` makes reads say NOT_FOUND for every feature until it answers again.
+
+    LMDB has to lie on a disk of the machine that reads it. On a cluster of several machines, name in
+    ``copies`` a folder of each machine's own: there an actor keeps a copy of what is committed
+    offline, looking for more after each ``copy_every``, and replicas read it.
     """
 
     store: Literal["lmdb", "redis"] = "lmdb"
     url: str = "redis://localhost:6379/0"
     timeout: Duration = Field(default="1s", validate_default=True)
     on_failure: Literal["error", "missing"] = "error"
+    copies: str = ""
+    copy_every: Duration = Field(default="5s", validate_default=True)
 
 
 class Features(Frozen):

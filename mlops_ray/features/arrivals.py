@@ -20,7 +20,7 @@ from mlops_ray.features.columns import NO_TIME, column, instants, key_columns, n
 from mlops_ray.features.definitions import ARROW_TYPES, CREATED_TIME, ViewDefinition, define
 from mlops_ray.features.hyperloglog import codes_of
 from mlops_ray.features.sources.events import RECEIVED_AT
-from mlops_ray.features.tiles import WindowPlan, plan_of
+from mlops_ray.features.window_plan import WindowPlan, plan_of
 
 EVENT = "event us"
 ARRIVAL = "arrival us"

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.arrivals import Origin
 from mlops_ray.features.files import WrittenFile
@@ -83,7 +85,6 @@ def backfill(
     Raises:
         FeatureStoreError: Another backfill of this view is under way.
     """
-    view = origin.definition.name
     definition = origin.definition
     buckets = offline.buckets(definition.name)
     rows = sum(piece.rows for piece in pieces)
@@ -109,7 +110,7 @@ def make_part(
 ) -> list[WrittenFile]:
     """Make the feature rows of one part, write them, and tell so in the file ``done``."""
     stream = open_stream(origin, plan.after_us)
-    stream.extend(list(read_part(spilled, part)))
+    stream.extend([pa.concat_tables(read_part(spilled, part))])
     rows = stream.advance(plan.until_us)
     view = origin.definition.name
     bucket = part % offline.buckets(view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Course:
     ) -> None:
         self.name = name
         self.origin = origin_of(features, name)
+        self._copies = offline.root / ".backfill" / f"{name}-tables"
         self.newest_us: int | None = None
         self._offline, self._online, self._upstream = offline, online, upstream
         self._spread_rows = spread_rows
@@ -149,7 +151,9 @@ class Course:
         if self._upstream is not None:
             if self._upstream._stream is None:
                 return self._spread_rows
-            files = self._offline.files(self._upstream.name) if self._upstream.done_us else []
+            if self._upstream.done_us is None:
+                return 0
+            files = self._offline.files(self._upstream.name)
             return sum(f.rows for f in files if f.created_us is None or f.created_us[1] > after_us)
         waiting = 0
         for moments in arrivals(self.origin, self._origin_table()):
@@ -198,6 +202,7 @@ class Course:
             self.done_us = done.until_us
             made += done.rows
             self.catch_up()
+        shutil.rmtree(self._copies, ignore_errors=True)
         self._open()
         return made
 
@@ -218,11 +223,10 @@ class Course:
 
     def _file_of(self, table: pa.Table) -> Path:
         """Put a table into a file for the tasks; the same rows are one file, also after a kill."""
-        folder = self._offline.root / ".backfill" / "tables"
-        staged = f"{self.name}-{os.getpid()}"
-        write_table(folder, staged, table.to_batches(), table.schema)
-        path = table_path(folder, staged)
-        target = table_path(folder, digest_file(path))
+        staged = f"staged-{os.getpid()}"
+        write_table(self._copies, staged, table.to_batches(), table.schema)
+        path = table_path(self._copies, staged)
+        target = table_path(self._copies, digest_file(path))
         if target.exists():
             path.unlink()
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlops_ray.features.columns import encode
@@ -15,7 +16,10 @@ _MOST_CHUNKS = 64
 
 
 class Entities:
-    """Numbers 0, 1, … for the distinct keys of a view, in the order in which they come.
+    """Numbers 0, 1, … for the distinct keys of a view.
+
+    Those of the first rows are in order of the keys, so that the feature rows of a backfill are sorted
+    when they are made; later ones are in order of appearance.
 
     Args:
         fields: The key columns.
@@ -37,7 +41,13 @@ class Entities:
         numbers, distinct = encode(whole.columns)
         self._keys = pa.table(distinct, schema=self._keys.schema)
         self._known = None
-        return numbers[known:]
+        if known:
+            return numbers[known:]
+        order = pc.sort_indices(self._keys, sort_keys=[(n, "ascending") for n in keys.column_names])
+        self._keys = self._keys.take(order)
+        rank = np.empty(len(order), np.int64)
+        rank[order.to_numpy()] = np.arange(len(order))
+        return rank[numbers]
 
     def keys(self, numbers: NDArray[np.int64]) -> list[pa.ChunkedArray]:
         """Return the key columns of entities."""

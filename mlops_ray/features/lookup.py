@@ -46,7 +46,7 @@ class OnlineLookup:
 
         Returns:
             float64 [n] for numeric features, NaN where the store has no row that may be used at the
-            request's time, or a null; object arrays of ``str`` for categorical ones.
+            request's time, or a null; object arrays of ``str`` for categorical ones, with None there.
         """
         at_us = inputs[self._time].astype("datetime64[us]", copy=False).view(np.int64)
         columns: Columns = {}

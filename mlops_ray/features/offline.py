@@ -10,32 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features import compaction, delta_log
-from mlops_ray.features.columns import INSTANT, to_us
-from mlops_ray.features.definitions import CREATED_TIME, ViewDefinition, define
+from mlops_ray.features.columns import to_us
+from mlops_ray.features.definitions import ViewDefinition, define
 from mlops_ray.features.delta_log import ConcurrentCommitError, Mark
 from mlops_ray.features.files import (
-    TAIL,
-    TAIL_ROWS,
     WrittenFile,
-    by_bucket,
     check_files,
     conform,
     read_batches,
     read_file,
     write_file,
 )
+from mlops_ray.features.intake import refuse_stored, write_rows
+from mlops_ray.features.scan import scan_files
 
 if TYPE_CHECKING:
     import ray.data
 
 _DIGEST_LETTERS = 16
 _ATTEMPTS = 5
-_BUFFER_ROWS = 1_000_000
 _TIDY_EVERY = 64
 
 
@@ -100,7 +97,7 @@ class OfflineStore:
             if table is not None and stored_us is not None and stored_us >= watermark_us:
                 return int(table.version())
             folder = self.path(view)
-            files = _write(folder, definition, tables, stored_us, lambda: self._buckets(table))
+            files = write_rows(folder, definition, tables, stored_us, lambda: self._buckets(table))
             return self._commit(definition, table, files, watermark_us, generation)
 
         version = _try(once, attempts)
@@ -141,7 +138,7 @@ class OfflineStore:
             stored_us = self._stored(view, table, generation)
             if table is not None and stored_us is not None and stored_us >= watermark_us:
                 return int(table.version())
-            _refuse_stored(files, stored_us, self.path(view))
+            refuse_stored(files, stored_us, self.path(view))
             return self._commit(definition, table, files, watermark_us, generation)
 
         return _try(once, _ATTEMPTS)
@@ -190,16 +187,9 @@ class OfflineStore:
 
         The files are read by tasks, in bounded memory; the version is chosen now.
         """
-        import ray.data
-
         span = _span(since, until)
-        definition = define(self._features, view)
         files = [file for file in self.files(view, version) if file.overlaps(*span)]
-        if not files:
-            return ray.data.from_arrow(definition.schema.empty_table())
-        scanner = _Scan(self.path(view), files, definition.schema, span)
-        places = ray.data.range(len(files), override_num_blocks=len(files))
-        return places.map_batches(scanner, batch_size=1, batch_format="numpy")
+        return scan_files(self.path(view), files, define(self._features, view).schema, span)
 
     def files(self, view: str, version: int | None = None) -> list[WrittenFile]:
         """Return the files of a version, by bucket; of none yet where ``version`` is −1.
@@ -369,27 +359,6 @@ class OfflineStore:
         return delta_log.open_table(self.path(view), version)
 
 
-class _Scan:
-    """Reads files in tasks of Ray Data."""
-
-    def __init__(
-        self,
-        folder: Path,
-        files: Sequence[WrittenFile],
-        schema: pa.Schema,
-        span: tuple[int | None, int | None],
-    ) -> None:
-        self._folder = folder
-        self._files = files
-        self._schema = schema
-        self._span = span
-
-    def __call__(self, places: dict[str, Any]) -> Iterator[pa.Table]:
-        for place in places["id"]:
-            yield self._schema.empty_table()
-            yield from read_batches(self._folder, self._files[place], self._schema, *self._span)
-
-
 def _folder(root: Path, definition: ViewDefinition) -> Path:
     return root / definition.name / definition.digest[:_DIGEST_LETTERS]
 
@@ -408,50 +377,3 @@ def _try(once: Callable[[], int], attempts: int) -> int:
         except ConcurrentCommitError:
             continue
     return once()
-
-
-def _write(
-    folder: Path,
-    definition: ViewDefinition,
-    tables: Iterable[pa.Table],
-    stored_us: int | None,
-    buckets: Callable[[], int],
-) -> list[WrittenFile]:
-    """Write rows above the watermark: few to one file of the tail, many to files of buckets."""
-    files: list[WrittenFile] = []
-    buffer: list[pa.Table] = []
-    keys = [*definition.keys]
-
-    def flush(most: int) -> None:
-        rows = pa.concat_tables([definition.schema.empty_table(), *buffer])
-        buffer.clear()
-        if not rows.num_rows:
-            return
-        parts = {TAIL: rows} if rows.num_rows <= most else by_bucket(rows, keys, buckets())
-        files.extend(write_file(folder, bucket, part, keys) for bucket, part in parts.items())
-
-    for table in tables:
-        buffer.append(_above(conform(table, definition.schema), stored_us))
-        if sum(rows.num_rows for rows in buffer) >= _BUFFER_ROWS:
-            flush(0)
-    flush(TAIL_ROWS if not files else 0)
-    return files
-
-
-def _above(rows: pa.Table, stored_us: int | None) -> pa.Table:
-    if stored_us is None:
-        return rows
-    return rows.filter(pc.greater(rows[CREATED_TIME], pa.scalar(stored_us, INSTANT)))
-
-
-def _refuse_stored(files: Sequence[WrittenFile], stored_us: int | None, folder: Path) -> None:
-    if stored_us is None:
-        return
-    for file in files:
-        if file.created_us is not None and file.created_us[0] <= stored_us:
-            raise FeatureStoreError(
-                "some of these rows are stored already",
-                where=str(folder / file.path),
-                why="another writer moved the watermark after they were made",
-                fix="make them anew from the stored watermark on",
-            )

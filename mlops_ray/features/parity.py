@@ -25,6 +25,7 @@ from mlops_ray.features.service import (
     find_service,
     inputs_of,
     on_demand_features,
+    stored_columns,
 )
 
 TIME, INPUTS, FEATURES = "time", "inputs", "features"
@@ -197,20 +198,18 @@ def _compare(
     for name, item in tally.items():
         if name not in online:
             continue
-        ours, theirs = _values(online[name]), _values(offline[name])
-        item.add(batch, ours, theirs, tolerance)
+        item.add(batch, _values(online[name]), offline[name], tolerance)
 
 
 def _joined(
     features: Features, service: str, store: OfflineStore, inputs: pa.Table
-) -> dict[str, Any]:
+) -> dict[str, NDArray[Any]]:
     """Return every feature of the service as of each row's time, from the offline store."""
     declared = features.services[service]
-    columns: dict[str, Any] = {}
+    stored: dict[str, NDArray[Any]] = {}
     for view in declared.views:
-        columns |= join_view(features, view, inputs, declared.time, store)
-    stored = {name: _values(column) for name, column in columns.items()}
-    return columns | on_demand_features(features, service)(inputs_of(inputs, declared), stored)
+        stored |= stored_columns(join_view(features, view, inputs, declared.time, store))
+    return stored | on_demand_features(features, service)(inputs_of(inputs, declared), stored)
 
 
 def _fields(batch: pa.Table, name: str) -> dict[str, pa.ChunkedArray]:
@@ -218,10 +217,8 @@ def _fields(batch: pa.Table, name: str) -> dict[str, pa.ChunkedArray]:
     return {field.name: pc.struct_field(struct, field.name) for field in struct.type}
 
 
-def _values(column: Any) -> NDArray[Any]:
+def _values(column: pa.ChunkedArray) -> NDArray[Any]:
     """Return floats with NaN for null, or an object array of texts with None."""
-    if isinstance(column, np.ndarray):
-        return column
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_null(kind):
         return np.array(column.to_pylist(), object)

@@ -1,4 +1,4 @@
-"""Pieces of what a view is made from: little enough for one task to hold, named so that any can read it."""
+"""Pieces of what a view is made from: each small enough for a task to hold, readable by any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from mlops_ray.features.files import WrittenFile, read_batches
 from mlops_ray.features.offline import OfflineStore
 
-PIECE_ROWS = 1 << 20
+PIECE_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)

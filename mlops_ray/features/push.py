@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ WRITER_NAMESPACE = "mlops-ray"
 _WRITER_ACTOR = "mlops-ray-features:{project}"
 _TICK_EVERY_S = 1.0
 _THREADS = 32
+_PATIENCE, _PAUSE_S = 100, 0.1
 
 
 class FeatureWriter:
@@ -108,6 +110,13 @@ def stop_writer(project: str) -> None:
     handle = find_writer(project)
     ray.get(handle.close.remote())
     ray.kill(handle, no_restart=True)
+    # Its name is free a moment later; until then it would be found once more.
+    for _ in range(_PATIENCE):
+        try:
+            find_writer(project)
+        except FeatureStoreError:
+            return
+        time.sleep(_PAUSE_S)
 
 
 def push_events(features: Features, home: Home, project: str, source: str, rows: Rows) -> int:

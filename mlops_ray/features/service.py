@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlops_ray.config.features import Features, FeatureService, OnDemandView, RequestField
 from mlops_ray.config.targets import load
 from mlops_ray.errors import FeatureStoreError, SchemaError
-from mlops_ray.features.columns import column, instants, wrong_type
+from mlops_ray.features.columns import NO_TIME, column, instants, wrong_type
 
 Columns = dict[str, NDArray[Any]]
 RequestFunction = Callable[[Columns], Mapping[str, Any]]
@@ -89,6 +90,26 @@ def inputs_of(table: pa.Table, service: FeatureService) -> Columns:
     return {name: _input(table, name, field) for name, field in service.inputs.items()}
 
 
+def stored_columns(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> Columns:
+    """Return stored features as models and on-demand functions see them, online and offline alike.
+
+    float, int and bool → float64 with NaN for null; string → object array of ``str`` and None;
+    timestamp → ``datetime64[us]`` in UTC with NaT for null.
+    """
+    return {name: _stored(values) for name, values in columns.items()}
+
+
+def _stored(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    if pa.types.is_string(values.type):
+        return np.array(values.to_pylist(), object)
+    if pa.types.is_timestamp(values.type):
+        whole = pc.fill_null(values.cast(pa.int64()), NO_TIME)
+        return np.asarray(whole.to_numpy(zero_copy_only=False)).view("datetime64[us]")
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.uint8())
+    return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+
+
 def on_demand_features(features: Features, service: str) -> Callable[[Columns, Columns], Columns]:
     """Return what computes a service's on-demand features, its functions already imported.
 
@@ -114,9 +135,7 @@ def on_demand_features(features: Features, service: str) -> Callable[[Columns, C
     return compute
 
 
-def _compute(
-    function: RequestFunction, view: OnDemandView, inputs: Columns, rows: int
-) -> Columns:
+def _compute(function: RequestFunction, view: OnDemandView, inputs: Columns, rows: int) -> Columns:
     output = function(inputs)
     columns: Columns = {}
     for name in view.numeric:

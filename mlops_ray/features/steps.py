@@ -59,9 +59,10 @@ def clean(context: Context, features: Features, raw: Path) -> Path:
         SchemaError: A column is missing or has the wrong type.
         ExpectationError: Expectations of severity fail do not hold.
     """
+    names = list(read_tables(raw))
     folder = context.scratch()
     total = 0
-    for name in sorted(file.stem for file in raw.glob("*.arrow")):
+    for name in names:
         context.reporter.progress(message=f"cleaning {name}")
         find_source(features, name)
         cleaned = clean_source(features, name, raw, folder)

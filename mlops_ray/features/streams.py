@@ -13,15 +13,8 @@ from mlops_ray.features.arrivals import ARRIVAL, AVAILABLE, EVENT, Origin
 from mlops_ray.features.columns import INSTANT, encode
 from mlops_ray.features.definitions import ViewDefinition
 from mlops_ray.features.entities import Entities
-from mlops_ray.features.tiles import (
-    Cells,
-    Rows,
-    WindowPlan,
-    boundaries_of,
-    cells_of,
-    expire,
-    merge,
-)
+from mlops_ray.features.tiles import Cells, boundaries_of, cells_of, expire, merge
+from mlops_ray.features.window_plan import Rows, WindowPlan
 from mlops_ray.features.windows import emit
 
 START_US = -(2**62)
@@ -179,7 +172,7 @@ class WindowStream:
     ) -> pa.Table:
         emitted = emit(cells, entity, boundary, self.plan)
         times = pa.array(emitted.boundary_us).view(INSTANT)
-        some_null = emitted.null.any(axis=0).tolist()
+        some_null = np.any(emitted.null, axis=0)
         columns = [*self._entities.keys(emitted.entity), times, times]
         for at, whole in enumerate(self._whole):
             values = np.ascontiguousarray(emitted.values[:, at])

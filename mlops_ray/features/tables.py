@@ -96,7 +96,9 @@ class _Writer:
 
     def _write(self, rows: int) -> None:
         held = pa.Table.from_batches(self._held, self._schema)
-        self._file.write_table(held.slice(0, rows).combine_chunks(), max_chunksize=_CHUNK_ROWS)
+        for start in range(0, rows, _CHUNK_ROWS):
+            chunk = held.slice(start, min(_CHUNK_ROWS, rows - start))
+            self._file.write_batch(_copied(chunk))
         self._held = held.slice(rows).to_batches()
         self._held_rows -= rows
 
@@ -128,6 +130,15 @@ class _Writer:
     def _open(self, schema: pa.Schema) -> None:
         self._schema = schema
         self._file = pa.ipc.new_file(str(self._target), schema)
+
+
+def _copied(rows: pa.Table) -> pa.RecordBatch:
+    """Return rows as one batch with buffers of its own.
+
+    A slice is written with bytes of its neighbours as padding, which would make equal rows differ.
+    """
+    columns = [pa.concat_arrays([*v.chunks, pa.array([], v.type)]) for v in rows.columns]
+    return pa.RecordBatch.from_arrays(columns, schema=rows.schema)
 
 
 def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -9,25 +9,26 @@ never change: a row that becomes known late makes a new one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlops_ray.config.features import FeatureView
 from mlops_ray.errors import FeatureStoreError
-from mlops_ray.features.columns import NO_TIME, duration_us
+from mlops_ray.features.columns import NO_TIME
 from mlops_ray.features.hyperloglog import Codes, reduce_codes
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Array = NDArray[np.float64] | NDArray[np.int64]
-Part = tuple[str, int]
-Parts = dict[Part, Array]
+from mlops_ray.features.window_plan import (
+    IDENTITY,
+    MERGE,
+    Array,
+    Bools,
+    Ints,
+    Part,
+    Parts,
+    Rows,
+    WindowPlan,
+)
 
 _TILE_BITS = 36
 _TILE_ORIGIN = 1 << (_TILE_BITS - 1)
@@ -36,134 +37,7 @@ _MOST_ENTITIES = 1 << (63 - _TILE_BITS)
 _END = np.iinfo(np.int64).max
 _NEVER_ARRIVED = np.iinfo(np.int64).min
 
-# The partial aggregates of a cell: what merges two of them, and what changes nothing. The codes of
-# distinct values lie in the cells' pool: a cell has those from ``start`` on, ``codes`` of them.
-MERGE = {
-    "rows": np.add,
-    "values": np.add,
-    "sum": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "last": None,
-    "when": np.maximum,
-    "start": None,
-    "codes": None,
-}
-IDENTITY = {
-    "rows": 0,
-    "values": 0,
-    "sum": 0.0,
-    "min": np.inf,
-    "max": -np.inf,
-    "last": np.nan,
-    "when": NO_TIME,
-    "start": 0,
-    "codes": 0,
-}
-_NEEDS = {
-    "count": ("rows",),
-    "sum": ("values", "sum"),
-    "mean": ("values", "sum"),
-    "min": ("values", "min"),
-    "max": ("values", "max"),
-    "last": ("values", "last", "when"),
-    "approx_distinct": ("start", "codes"),
-}
 _NO_CODES: Codes = np.empty(0, np.uint16)
-
-
-@dataclass(frozen=True)
-class WindowPlan:
-    """What to compute for a view: ``columns`` are the value columns, numbered in this order.
-
-    ``hashed`` are the columns whose distinct values are counted, numbered on behind them.
-    ``aggregates`` pairs an aggregate with a column's number, ``windows`` are in tiles.
-    """
-
-    every_us: int
-    windows: tuple[int, ...]
-    aggregates: tuple[tuple[str, int], ...]
-    columns: tuple[str, ...]
-    hashed: tuple[str, ...] = ()
-
-    @property
-    def span(self) -> int:
-        """The longest window, in tiles."""
-        return max(self.windows)
-
-    @property
-    def width(self) -> int:
-        """How many features there are."""
-        return len(self.windows) * len(self.aggregates)
-
-    @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        """The partial aggregates that these features are made from."""
-        needed = [(part, of) for by, of in self.aggregates for part in _NEEDS[by]]
-        return tuple(
-            dict.fromkeys(("rows", 0) if part == "rows" else (part, of) for part, of in needed)
-        )
-
-    def tile(self, instants_us: Ints) -> Ints:
-        """Return the number of the tile that each instant lies in; a boundary closes its tile."""
-        return -((-instants_us) // self.every_us)
-
-
-def plan_of(view: FeatureView) -> WindowPlan:
-    """Return the plan of a windowed view."""
-    assert view.every is not None
-    every_us = duration_us(view.every)
-    named = [(a.by, a.of) for a in view.aggregates.values() if a.of is not None]
-    columns = tuple(dict.fromkeys(of for by, of in named if by != "approx_distinct"))
-    hashed = tuple(dict.fromkeys(of for by, of in named if by == "approx_distinct"))
-    numbers = {(False, of): at for at, of in enumerate(columns)}
-    numbers |= {(True, of): at for at, of in enumerate(hashed, len(columns))}
-    aggregates = tuple(
-        (a.by, 0 if a.of is None else numbers[a.by == "approx_distinct", a.of])
-        for a in view.aggregates.values()
-    )
-    windows = tuple(duration_us(window) // every_us for window in view.windows)
-    return WindowPlan(every_us, windows, aggregates, columns, hashed)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a view's source, as parallel arrays.
-
-    ``entity`` is the number of the entity, ``event_us`` when the row happened, ``arrival_us`` from
-    when on it may be used. ``values`` and ``valid`` are [columns, rows]; of a hashed column they are
-    the codes of its values.
-    """
-
-    entity: Ints
-    event_us: Ints
-    arrival_us: Ints
-    values: Floats
-    valid: Bools
-
-    def __len__(self) -> int:
-        return len(self.entity)
-
-    def take(self, rows: Ints | Bools | slice) -> Rows:
-        """Return some of the rows."""
-        return Rows(
-            self.entity[rows],
-            self.event_us[rows],
-            self.arrival_us[rows],
-            self.values[:, rows],
-            self.valid[:, rows],
-        )
-
-    @staticmethod
-    def join(parts: Sequence[Rows]) -> Rows:
-        """Return the rows of all parts, of which there is at least one."""
-        return Rows(
-            np.concatenate([part.entity for part in parts]),
-            np.concatenate([part.event_us for part in parts]),
-            np.concatenate([part.arrival_us for part in parts]),
-            np.concatenate([part.values for part in parts], axis=1),
-            np.concatenate([part.valid for part in parts], axis=1),
-        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +60,11 @@ class Cells:
         """Return some of the cells; the selection must include the one past the end."""
         parts = {part: values[cells] for part, values in self.parts.items()}
         return Cells(self.key[cells], self.arrival[cells], parts, self.pool)
+
+    @property
+    def tile(self) -> Ints:
+        """The tile of each cell."""
+        return (self.key & ((1 << _TILE_BITS) - 1)) - _TILE_ORIGIN
 
     def codes(self, of: int) -> tuple[Ints, Ints]:
         """Return where in the pool each cell's codes of a column begin, and how many they are."""
@@ -239,7 +118,7 @@ def _cell_order(rows: Rows, tile: Ints, arrival: Ints) -> Ints:
     is enough, and by value only where it matters.
     """
     if len(rows) <= _FEW_ROWS:
-        columns = (*rows.values, *rows.valid, rows.arrival_us, rows.event_us, arrival)
+        columns = (*rows.valid, *rows.values[::-1], rows.arrival_us, rows.event_us, arrival)
         return np.lexsort((*columns, tile, rows.entity))
     first = int(tile.min())
     order = stable_order(rows.entity * (int(tile.max()) - first + 1) + (tile - first))
@@ -257,7 +136,7 @@ def _cell_order(rows: Rows, tile: Ints, arrival: Ints) -> Ints:
         some = np.flatnonzero(np.append(tied, False) | np.concatenate(([False], tied)))
         place = order[some]
         values, valid = rows.values[:, place], rows.valid[:, place]
-        order[some] = place[np.lexsort((*values, *valid, group[some]))]
+        order[some] = place[np.lexsort((*valid, *values[::-1], group[some]))]
     return order
 
 
@@ -324,8 +203,7 @@ def _moved(cells: Cells, by: int) -> Cells:
 
 def expire(cells: Cells, before: int) -> Cells:
     """Return the cells whose tile is ``before`` or later."""
-    tile = (cells.key & ((1 << _TILE_BITS) - 1)) - _TILE_ORIGIN
-    keep = tile >= before
+    keep = cells.tile >= before
     keep[-1] = True
     return cells.take(keep).packed()
 
@@ -333,7 +211,11 @@ def expire(cells: Cells, before: int) -> Cells:
 def boundaries_of(cells: Cells, after: int, upto: int) -> tuple[Ints, Ints]:
     """Return the entities and boundaries, in this order, in which rows arrived: (after, upto]."""
     fresh = np.flatnonzero((cells.arrival > after) & (cells.arrival <= upto))
-    pairs = np.unique(cell_key(cells.key[fresh] >> _TILE_BITS, cells.arrival[fresh]))
+    pairs = cell_key(cells.key[fresh] >> _TILE_BITS, cells.arrival[fresh])
+    # Only rows that became known late make pairs out of order.
+    if (pairs[1:] < pairs[:-1]).any():
+        pairs.sort()
+    pairs = pairs[np.concatenate(([True], pairs[1:] != pairs[:-1]))] if len(pairs) else pairs
     return pairs >> _TILE_BITS, (pairs & ((1 << _TILE_BITS) - 1)) - _TILE_ORIGIN
 
 

@@ -22,6 +22,7 @@ from mlops_ray.features.service import (
     inputs_of,
     on_demand_features,
     on_demand_views,
+    stored_columns,
 )
 
 
@@ -142,11 +143,10 @@ def _on_demand_columns(
     features: Features, service: str, rows: pa.Table, stored: Mapping[str, Any]
 ) -> dict[str, pa.Array]:
     declared = features.services[service]
-    given = {
-        name: np.asarray(stored[name].to_numpy(zero_copy_only=False))
-        for view in on_demand_views(features, service)
-        for name in view.features
+    needed = {
+        name: stored[name] for view in on_demand_views(features, service) for name in view.features
     }
+    given = stored_columns(needed)
     computed = on_demand_features(features, service)(inputs_of(rows, declared), given)
     labels = features.labels
     taken = {labels.id, labels.time, labels.known_at, labels.label} & set(computed)

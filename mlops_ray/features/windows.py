@@ -20,22 +20,21 @@ import numpy as np
 
 from mlops_ray.features.columns import NO_TIME
 from mlops_ray.features.hyperloglog import estimate
-from mlops_ray.features.tiles import (
+from mlops_ray.features.tiles import Cells, cell_key, spread
+from mlops_ray.features.window_plan import (
     IDENTITY,
     MERGE,
     Array,
     Bools,
-    Cells,
     Floats,
     Ints,
     Parts,
     WindowPlan,
-    cell_key,
-    spread,
 )
 
 _PAIRS = 1 << 22
 _ESTIMATED = 1 << 14
+_FEW_RUNS = 1024
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,10 @@ def emit(cells: Cells, entity: Ints, boundary: Ints, plan: WindowPlan) -> Emitte
     values = np.zeros((count, plan.width))
     null = np.zeros((count, plan.width), np.bool_)
     high = np.searchsorted(cells.key, cell_key(entity, boundary), side="right")
+    late = _late_before(cells)
     for number, window in enumerate(plan.windows):
         low = np.searchsorted(cells.key, cell_key(entity, boundary - window), side="right")
-        merged = _window(cells, _Runs(low, high), boundary, plan)
+        merged = _window(cells, _Runs(low, high), boundary, plan, late)
         for place, (by, of) in enumerate(plan.aggregates):
             at = place * len(plan.windows) + number
             values[:, at], null[:, at] = _feature(by, of, merged)
@@ -91,6 +91,10 @@ class _Runs:
         """Reduce the values of each run; ``identity`` where it is empty."""
         if not len(self.low):
             return values[:0]
+        if operation is np.add and values.dtype == np.int64 and len(self.low) > _FEW_RUNS:
+            # Whole numbers add up exactly in any order, so two running totals tell a run's.
+            total = _before(values)
+            return total[np.maximum(self.high, self.low)] - total[self.low]
         reduced: Array = operation.reduceat(values, self._edges)[::2]
         if self._empty is not None:
             reduced[self._empty] = identity
@@ -101,16 +105,36 @@ class _Runs:
         return _Runs(self.low[runs], self.high[runs])
 
 
-def _window(cells: Cells, runs: _Runs, boundary: Ints, plan: WindowPlan) -> Parts:
+def _window(
+    cells: Cells, runs: _Runs, boundary: Ints, plan: WindowPlan, late_before: Ints | None
+) -> Parts:
     """Reduce each run for its boundary, without the cells that arrived after it."""
     merged = _merge_runs(cells, runs, plan)
-    late = np.flatnonzero(runs.reduce(cells.arrival, np.maximum, NO_TIME) > boundary)
+    if late_before is None:
+        return merged
+    some_late = late_before[np.maximum(runs.high, runs.low)] > late_before[runs.low]
+    late = np.flatnonzero(some_late)
+    arrival = runs.take(late).reduce(cells.arrival, np.maximum, NO_TIME)
+    late = late[arrival > boundary[late]]
     for chunk in _chunks(runs.high[late] - runs.low[late]):
         some = late[chunk]
         known = _only_known(cells, runs.take(some), boundary[some])
         for part, values in _merge_runs(*known, plan).items():
             merged[part][some] = values
     return merged
+
+
+def _late_before(cells: Cells) -> Ints | None:
+    """Return how many cells before each one arrived later than their tile, None where none did."""
+    late = cells.arrival > cells.tile
+    return _before(late) if late.any() else None
+
+
+def _before(values: Array | Bools) -> Ints:
+    """Return the sum of the values before each one, and of all."""
+    total = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, out=total[1:])
+    return total
 
 
 def _merge_runs(cells: Cells, runs: _Runs, plan: WindowPlan) -> Parts:

@@ -100,13 +100,12 @@ def _replicas(serving: Serving) -> dict[str, Any]:
 
 def _open(settings: Settings, replica: str) -> Endpoint:
     from mlops_ray.features.lookup import OnlineLookup
-    from mlops_ray.features.online import open_online
+    from mlops_ray.features.online.nodes import open_near
     from mlops_ray.features.service import feature_columns
 
     features, service = settings.features, settings.service
     home = Home(settings.home)
-    folder = home.online(settings.project)
-    store = open_online(features, folder, settings.project, readonly=True)
+    store = open_near(features, home, settings.project)
     return Endpoint(
         settings.project,
         home,

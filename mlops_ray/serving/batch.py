@@ -24,7 +24,7 @@ from mlops_ray.config.project import BatchPredict
 from mlops_ray.errors import DataError, SchemaError, ServingError, SourceError
 from mlops_ray.features.join import HeldView
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.service import find_service, inputs_of, on_demand_features
+from mlops_ray.features.service import find_service, inputs_of, on_demand_features, stored_columns
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.orchestration.context import Context
 from mlops_ray.serving.traces import root_cause
@@ -82,10 +82,7 @@ class Scorer:
             return _scored(rows, np.empty(0), self._plan)
         columns: dict[str, Any] = {}
         for view in self._views:
-            joined = view.join(rows, self._service.time)
-            columns |= {
-                name: values.to_numpy(zero_copy_only=False) for name, values in joined.items()
-            }
+            columns |= stored_columns(view.join(rows, self._service.time))
         columns |= self._on_demand(inputs_of(rows, self._service), columns)
         return _scored(rows, self._predictor.predict(columns), self._plan)
 

@@ -25,7 +25,7 @@ _BLOCK_ROWS = 32_768
 class TableColumns(Mapping[str, npt.NDArray[Any]]):
     """A table's columns as numpy arrays, converted one at a time when asked for.
 
-    Nulls of numeric columns become NaN.
+    Nulls of numeric columns become NaN; bools are 0 and 1.
     """
 
     def __init__(self, table: pa.Table, names: tuple[str, ...] | None = None) -> None:
@@ -35,7 +35,10 @@ class TableColumns(Mapping[str, npt.NDArray[Any]]):
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         if name not in self._names or name not in self._table.column_names:
             raise KeyError(name)
-        values: npt.NDArray[Any] = self._table.column(name).to_numpy()
+        column = self._table.column(name)
+        if pa.types.is_boolean(column.type):
+            column = column.cast(pa.uint8())
+        values: npt.NDArray[Any] = column.to_numpy()
         return values
 
     def __iter__(self) -> Iterator[str]:

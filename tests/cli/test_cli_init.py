@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ def training_set(folder: Path) -> Any:
 
     project = load_project(open_workspace(folder), ["until=2024-04-05"])
     context = Context(project=NAME, home=Home(folder / "home"))
-    tables = steps.clean(context, project.features, steps.extract(context, project.features))
+    raw = steps.extract(context, project.features)
+    tables = steps.clean(replace(context, step="clean"), project.features, raw)
     versions = steps.materialize(context, project.features, tables, project.until)
     service = project.training.service
     return steps.training_set(context, project.features, service, tables, versions, project.until)

@@ -201,3 +201,11 @@ def engine(on_ray: bool) -> Engine:
         return world.plain(features, columns, view)
 
     return join
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut row groups, batches and jobs so small that few rows fill several of them."""
+    monkeypatch.setattr("mlops_ray.features.files.GROUP_ROWS", 4)
+    monkeypatch.setattr("mlops_ray.features.files.BATCH_ROWS", 3)
+    monkeypatch.setattr("mlops_ray.features.join._JOB_LABELS", 3)

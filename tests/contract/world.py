@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -143,14 +144,25 @@ def fill(
         watermark = max((item["created"] for item in part), default=0)
         store.append(view, table(features, view, part), watermark)
     if how == "compacted" and rows:
+        before = store.version(view)
+        compact(store, view)
+        assert store.version(view) > before
+
+
+def compact(store: OfflineStore, view: str) -> None:
+    """Compact, and cut the rows into buckets however few there are."""
+    with patch("mlops_ray.features.compaction.TAIL_ROWS", 0):
         store.compact(view)
 
 
 def _by_created(rows: Sequence[Mapping[str, Any]], most: int) -> list[list[Mapping[str, Any]]]:
     """Rows in ``most`` parts at the most, later ones created later, none empty."""
     moments = sorted({item["created"] for item in rows})
-    chunks = np.array_split(np.array(moments), min(most, len(moments))) if moments else []
-    return [[item for item in rows if item["created"] in set(c.tolist())] for c in chunks]
+    parts: list[list[Mapping[str, Any]]] = [[] for _ in range(min(most, len(moments)))]
+    place = {moment: n * len(parts) // len(moments) for n, moment in enumerate(moments)}
+    for item in rows:
+        parts[place[item["created"]]].append(item)
+    return parts
 
 
 def _fill_buckets(

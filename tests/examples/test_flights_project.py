@@ -120,7 +120,8 @@ def test_every_workflow_of_the_project_checks(name: str, workflow: str) -> None:
     project = load_project(open_workspace(ROOT), [f"project={name}", f"workflow={workflow}"])
     assert build(project.workflow).order
     service = project.features.services[project.training.service]
-    assert service.request is not None
-    assert service.request.numeric == NUMERIC
-    assert service.request.categorical == CATEGORICAL
+    (on_demand,) = service.on_demand
+    itinerary = project.features.on_demand[on_demand]
+    assert itinerary.numeric == NUMERIC
+    assert itinerary.categorical == CATEGORICAL
     assert not LATER & set(service.inputs)

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from features.online_samples import declare
 
-from mlops_ray.features import compaction, offline
+from mlops_ray.features import compaction, intake, offline
 from mlops_ray.features.definitions import define
 from mlops_ray.features.manifest import TrainingManifest, ViewPin, write_manifest
 from mlops_ray.features.offline import OfflineStore
@@ -38,6 +38,7 @@ def run(folder: Path, kills: int, seed: int = 0) -> str:
     store = OfflineStore(folder, declare())
     chance = random.Random(seed)
     acknowledged = pinned = killed = rounds = 0
+    seen = -1, 0
     expected: Counter[int] = Counter()
     while killed < kills:
         rounds += 1
@@ -55,8 +56,10 @@ def run(folder: Path, kills: int, seed: int = 0) -> str:
             if name == "append" and steps:
                 acknowledged = max(acknowledged, steps[-1])
         steps_stored = check(store, acknowledged)
-        added = sum(rows.num_rows for rows in store.changes(VIEW, -1))
-        assert added == sum(map(rows_in, range(1, steps_stored + 1))), "the commits say otherwise"
+        added = sum(rows.num_rows for rows in store.changes(VIEW, seen[0]))
+        steps = range(seen[1] + 1, steps_stored + 1)
+        assert added == sum(map(rows_in, steps)), "the commits say otherwise"
+        seen = store.version(VIEW), steps_stored
         if rounds == kills // 4 + 1 and steps_stored:
             pinned = store.version(VIEW)
             expected = _steps(store, pinned)
@@ -142,7 +145,7 @@ def _start(folder: Path, name: str) -> subprocess.Popen[str]:
 
 
 def _child(name: str, folder: Path) -> None:
-    offline.TAIL_ROWS = compaction.TAIL_ROWS = 500
+    intake.TAIL_ROWS = compaction.TAIL_ROWS = 500
     offline._TIDY_EVERY = 8
     store = OfflineStore(folder, declare())
     step = store.watermark(VIEW) or 0

@@ -90,9 +90,8 @@ def test_a_table_is_checked_by_its_types() -> None:
 
 
 def events(numbers: list[int]) -> pa.Table:
-    columns = {
-        name: pa.nulls(len(numbers), f.type) for name, f in zip(COLUMNS, event_schema(COLUMNS))
-    }
+    schema = event_schema(COLUMNS)
+    columns = {name: pa.nulls(len(numbers), schema.field(name).type) for name in COLUMNS}
     columns["count"] = pa.array(numbers, pa.int64())
     return pa.table(columns | {"received_at": pa.array(numbers, pa.int64()).cast(INSTANT)})
 

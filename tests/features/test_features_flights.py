@@ -14,9 +14,9 @@ from mlops_ray.config.compose import compose
 from mlops_ray.config.features import Features
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.online import LmdbStore
+from mlops_ray.features.online import open_online
 from mlops_ray.features.pipeline import FeaturePipeline
-from mlops_ray.features.sources import clean_source, read_source
+from mlops_ray.features.sources import clean_table, open_source
 from mlops_ray.features.training_set import build_training_set
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,10 @@ def features() -> Features:
 
 @pytest.fixture(scope="module")
 def tables(features: Features) -> dict[str, pa.Table]:
-    cleaned = {n: clean_source(s, read_source(s)) for n, s in features.sources.items()}
+    cleaned = {
+        name: clean_table(source, open_source(source, Path("no events")).read_all()).read_all()
+        for name, source in features.sources.items()
+    }
     flights = cleaned["flights"]
     early = pc.less(flights["sched_dep"], pa.scalar(END))
     return cleaned | {"flights": flights.filter(early)}
@@ -45,7 +48,9 @@ def training_set(
     root: Path, features: Features, tables: dict[str, pa.Table], known: dict[str, pa.Table]
 ) -> pa.Table:
     offline = OfflineStore(root / "offline", features)
-    pipeline = FeaturePipeline(features, known, offline, LmdbStore(root / "online", features))
+    pipeline = FeaturePipeline(
+        features, known, offline, open_online(features, root / "online", "flights")
+    )
     pipeline.advance(END)
     return build_training_set(
         features, "delays", tables["flights"], offline, pipeline.versions, None

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlops_ray.config.features import Features
 from mlops_ray.errors import SchemaError
-from mlops_ray.features import files, join, offline
+from mlops_ray.features import files, intake, join
 from mlops_ray.features.definitions import define
 from mlops_ray.features.files import by_bucket
 from mlops_ray.features.join import HeldView, join_view
@@ -265,7 +265,7 @@ def test_duckdb_and_polars_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(files, "GROUP_ROWS", 500)
     monkeypatch.setattr(files, "BATCH_ROWS", 700)
     monkeypatch.setattr(join, "_JOB_LABELS", 400)
-    monkeypatch.setattr(offline, "TAIL_ROWS", 1000)
+    monkeypatch.setattr(intake, "TAIL_ROWS", 1000)
     table, asked = many(np.random.default_rng(3), 20_000, 3_000)
     features = declare(shelf="int", ttl="20s")
     store = OfflineStore(tmp_path, features)

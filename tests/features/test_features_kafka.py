@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,10 @@ class Topic:
 
 
 @pytest.fixture(scope="module")
-def producer() -> Iterator[Any]:
+def producer() -> Any:
     from confluent_kafka import Producer
 
-    yield Producer({"test.mock.num.brokers": 1, "bootstrap.servers": ""})
+    return Producer({"test.mock.num.brokers": 1, "bootstrap.servers": ""})
 
 
 @pytest.fixture
@@ -107,7 +106,8 @@ def test_a_message_that_cannot_be_used_is_named(
         fetched(topic, tmp_path)
 
 
-def test_no_kafka(tmp_path: Path) -> None:
+def test_no_kafka(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlops_ray.features.sources.kafka._TIMEOUT_S", 0.3)
     kafka = {
         "servers": "127.0.0.1:1",
         "topic": "t",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
-from mlops_ray.features import files, offline
+from mlops_ray.features import files, intake
 from mlops_ray.features.columns import to_us
 from mlops_ray.features.definitions import define
 from mlops_ray.features.files import TAIL, buckets_of
@@ -240,9 +240,9 @@ def test_types_are_kept_exactly(tmp_path: Path, shop: SimpleNamespace) -> None:
 @pytest.fixture
 def small_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """What counts as many rows is little, so that buckets are used."""
-    monkeypatch.setattr(offline, "TAIL_ROWS", 500)
+    monkeypatch.setattr(intake, "TAIL_ROWS", 500)
     monkeypatch.setattr("mlops_ray.features.compaction.TAIL_ROWS", 500)
-    monkeypatch.setattr(offline, "_BUFFER_ROWS", 2000)
+    monkeypatch.setattr(intake, "_BUFFER_ROWS", 2000)
     monkeypatch.setattr(files, "GROUP_ROWS", 64)
     monkeypatch.setattr(files, "BATCH_ROWS", 100)
 
@@ -590,3 +590,25 @@ def test_a_scan_on_ray_is_the_read(
     assert found.equals(expected)
     assert 0 < found.num_rows < 200
     assert store.scan("price", since=shop.hour(90)).count() == 0
+
+
+@pytest.mark.usefixtures("small_tail")
+def test_any_reader_of_delta_sees_the_same_rows(store: OfflineStore, shop: SimpleNamespace) -> None:
+    """The statistics in the log are true: a filter that skips files by them loses no row."""
+    from deltalake import DeltaTable
+    from pyarrow import dataset
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+    for hour in range(1, 9):
+        store.append("price", many_rows(shop, 120, hour), to_us(shop.hour(hour)))
+        if hour == 6:
+            store.compact("price")
+    folder = str(store.path("price"))
+    filesystem = SubTreeFileSystem(folder, LocalFileSystem())
+    other = DeltaTable(folder).to_pyarrow_dataset(filesystem=filesystem)
+    since, until = shop.hour(4) - timedelta(minutes=7), shop.hour(6) - timedelta(microseconds=1)
+    chosen = (dataset.field("event_time") >= since) & (dataset.field("event_time") <= until)
+    theirs = other.to_table(filter=chosen).drop_columns(["bucket"]).sort_by("price")
+    ours = store.read("price", since=since, until=until).sort_by("price")
+    assert 100 < ours.num_rows < 400
+    assert theirs.select(ours.column_names).cast(ours.schema).equals(ours)

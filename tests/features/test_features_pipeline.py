@@ -20,7 +20,36 @@ from mlops_ray.features.online import open_online
 from mlops_ray.features.pipeline import FeaturePipeline
 from mlops_ray.features.training_set import join_view
 
-VIEWS = ("price", "shop_visits", "shelf_visits")
+VIEWS = ("price", "shop_visits", "shelf_visits", "again", "by_shop")
+MORE = {
+    # Views of views: one row for each of theirs, and windows over theirs.
+    "again": {
+        "entity": "shelf",
+        "view": "price",
+        "columns": {"price": "float", "stock": "int"},
+        "ttl": "12h",
+    },
+    "by_shop": {
+        "entity": "shop",
+        "view": "shelf_visits",
+        "every": "2h",
+        "windows": ["4h", "12h"],
+        "aggregates": {
+            "rows": {"by": "count"},
+            "most": {"by": "max", "of": "mean_spent_6h"},
+            "shelves": {"by": "approx_distinct", "of": "shelf"},
+        },
+    },
+}
+
+
+@pytest.fixture
+def shop(shop: SimpleNamespace) -> SimpleNamespace:
+    """The shop with views of views, one of them declared before its origin."""
+    views = shop.features.model_dump(mode="json", exclude_unset=True)["views"]
+    price = views["price"] | {"columns": {"price": "float", "stock": "int"}}
+    shop.features = shop.declare(views=MORE | views | {"price": price})
+    return shop
 
 
 def open_pipeline(root: Path, shop: SimpleNamespace, **options) -> FeaturePipeline:
@@ -178,7 +207,8 @@ def test_online_is_offline_at_every_instant(tmp_path: Path, shop: SimpleNamespac
         }
     )
     shops, shelves = np.array(asked["shop"].to_pylist(), object), asked["shelf"].to_numpy()
-    keys = {"price": [shops, shelves], "shop_visits": [shops], "shelf_visits": [shops, shelves]}
+    keys = {view: [shops, shelves] for view in ("price", "shelf_visits", "again")}
+    keys |= {view: [shops] for view in ("shop_visits", "by_shop")}
     found = 0
     for hour in (2, 7.5, 13, 29, 61, 100, 140):
         pipeline.advance(shop.hour(hour))
@@ -215,6 +245,61 @@ def test_a_lost_online_store_is_filled_from_the_offline_one(
     np.testing.assert_array_equal(ours[1], theirs[1])
 
 
+def test_features_have_exactly_the_declared_types(tmp_path: Path, shop: SimpleNamespace) -> None:
+    moments = pa.array([shop.hour(n) for n in range(4)], pa.timestamp("ns", "UTC"))
+    columns = {
+        "words": "string",
+        "whole": "int",
+        "part": "float",
+        "flag": "bool",
+        "at": "timestamp",
+    }
+    view = shop.features.model_dump(mode="json", exclude_unset=True)["views"]["price"]
+    shop.features = shop.declare(views={"price": view | {"columns": columns}}, services={})
+    payload = np.array([0x7FF8000000000123, 0x8000000000000000], np.uint64).view(np.float64)
+    shop.tables["prices"] = pa.table(
+        {
+            "shop": pa.array(["ü"] * 4).dictionary_encode(),
+            "shelf": pa.array([2**62 + n for n in range(4)]),
+            "valid_from": moments,
+            "known_at": moments,
+            "words": pa.array(["a", None, "", "日本"], pa.large_string()),
+            "whole": pa.array([2**53 + 1, -(2**63), None, 0], pa.int64()),
+            "part": pa.array([*payload, None, 0.1]),
+            "flag": pa.array([True, False, None, True]),
+            "at": pa.array([-1, 0, None, 10**15], pa.timestamp("us")),
+        }
+    )
+    open_pipeline(tmp_path, shop).advance(shop.hour(9))
+    offline = OfflineStore(tmp_path / "offline", shop.features)
+    rows = offline.read("price").sort_by("shelf")
+    assert rows["words"].to_pylist() == ["a", None, "", "日本"]
+    assert rows["whole"].to_pylist() == [2**53 + 1, -(2**63), None, 0]
+    part = rows["part"].combine_chunks()
+    assert part.null_count == 1
+    stored_bits = part.fill_null(0.0).to_numpy().view(np.uint64)
+    assert stored_bits[:2].tolist() == payload.view(np.uint64).tolist()
+    assert rows["flag"].to_pylist() == [True, False, None, True]
+    assert rows["at"].cast(pa.int64()).to_pylist() == [-1, 0, None, 10**15]
+    wrong = shop.tables["prices"].set_column(5, "whole", pa.array([1.0, 2.0, 3.0, 4.0]))
+    shop.tables["prices"] = wrong
+    with pytest.raises(SchemaError, match="'whole' has the wrong type: expected int, found double"):
+        open_pipeline(tmp_path / "wrong", shop)
+
+
+def test_a_view_that_is_added_later_has_all_the_history(
+    tmp_path: Path, shop: SimpleNamespace, backfilled
+) -> None:
+    whole = shop.features
+    few = whole.model_dump(mode="json", exclude_unset=True)["views"]
+    del few["by_shop"], few["again"]
+    shop.features = shop.declare(views=few)
+    open_pipeline(tmp_path, shop).advance(shop.hour(70))
+    shop.features = whole
+    open_pipeline(tmp_path, shop).advance(shop.hour(120))
+    assert same_bits(stored(tmp_path, shop), backfilled(shop))
+
+
 def test_of_equal_source_rows_the_last_stays(tmp_path: Path, shop: SimpleNamespace) -> None:
     moment = [shop.hour(1)] * 3
     shop.tables["prices"] = pa.table(
@@ -249,7 +334,7 @@ def test_a_failed_advance_leaves_the_online_store_as_it_was(
     monkeypatch.setattr(type(online), "write", fail_at_last_view)
     with pytest.raises(OSError, match="no space"):
         pipeline.advance(shop.hour(50))
-    assert [online.cursor(view) for view in VIEWS] == [None] * 3
+    assert [online.cursor(view) for view in VIEWS] == [None] * len(VIEWS)
 
 
 def test_newest_is_the_last_arrival(tmp_path: Path, shop: SimpleNamespace) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +56,7 @@ def test_a_pandas_frame() -> None:
 def test_a_ray_dataset_streams_in_order(ray_cluster: Any) -> None:
     found = open_source(source(read="shop_project.read_dataset"), NOWHERE)
     batches = [batch["n"].to_pylist() for batch in found.batches]
-    assert sum(batches, []) == list(range(1000))
+    assert list(chain.from_iterable(batches)) == list(range(1000))
     assert len(batches) > 1
 
 
@@ -296,3 +300,43 @@ def test_clean_by_batch_is_clean_by_table(tmp_path: Path, features: Any) -> None
         assert [result.passed for result in cleaned.results] == [False] * (name == "batch")
     files = [(tmp_path / "clean" / f"{name}.arrow").read_bytes() for name in ("batch", "table")]
     assert files[0] == files[1]
+
+
+STREAMED = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from mlops_ray.config.features import Source
+from mlops_ray.features.sources import clean_table, open_source
+from mlops_ray.features.tables import open_table, write_table
+
+folder = Path(sys.argv[1])
+source = Source(
+    path=str(folder / "raw"), available_at="at", clean="shop_project.keep_even", clean_by="batch"
+)
+raw = open_source(source, folder)
+rows = write_table(folder, "raw copy", raw.batches, raw.schema)
+clean = clean_table(source, open_table(folder / "raw copy.arrow"))
+kept = write_table(folder, "clean", clean.batches, clean.schema)
+print(rows, kept, pa.default_memory_pool().max_memory())
+"""
+
+
+@pytest.mark.usefixtures("shop_project")
+def test_a_source_streams_in_a_fraction_of_its_size(tmp_path: Path) -> None:
+    rows, files = 400_000, 12
+    (tmp_path / "raw").mkdir()
+    table = pa.table({name: pa.array(range(rows)) for name in ("n", "a", "b", "c")})
+    table = table.append_column("at", pa.array([0] * rows, UTC_US))
+    for number in range(files):
+        pq.write_table(table, tmp_path / f"raw/{number:02d}.parquet", row_group_size=50_000)
+    told = subprocess.run(
+        [sys.executable, "-c", STREAMED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    read, kept, peak_bytes = map(int, told.stdout.split())
+    assert (read, kept) == (rows * files, rows * files // 2)
+    assert peak_bytes < table.nbytes * files / 3

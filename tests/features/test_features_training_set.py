@@ -10,7 +10,7 @@ import pytest
 
 from mlops_ray.errors import FeatureStoreError, SchemaError
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.online import LmdbStore
+from mlops_ray.features.online import open_online
 from mlops_ray.features.pipeline import FeaturePipeline
 from mlops_ray.features.service import feature_columns
 from mlops_ray.features.training_set import build_training_set
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("shop_project")
 @pytest.fixture
 def built(tmp_path: Path, shop: SimpleNamespace) -> SimpleNamespace:
     offline = OfflineStore(tmp_path / "offline", shop.features)
-    online = LmdbStore(tmp_path / "online", shop.features)
+    online = open_online(shop.features, tmp_path / "online", "shop")
     pipeline = FeaturePipeline(shop.features, shop.tables, offline, online)
     for hour in range(6, 121, 6):
         pipeline.advance(shop.hour(hour))
@@ -51,7 +51,10 @@ def test_rows_and_columns(shop: SimpleNamespace, built: SimpleNamespace) -> None
         *numeric,
         *categorical,
     ]
-    assert all(table.schema.field(name).type == pa.float64() for name in numeric)
+    types = {name: table.schema.field(name).type for name in numeric}
+    counts = {name for name in numeric if "__visits_" in name}
+    assert {name for name, kind in types.items() if kind == pa.int64()} == counts
+    assert all(types[name] == pa.float64() for name in numeric if name not in counts)
     assert all(table.schema.field(name).type == pa.string() for name in categorical)
     assert table.schema.field("bought").type == pa.int8()
     order = list(zip(table["at"].to_pylist(), table["visit"].to_pylist(), strict=True))
@@ -83,7 +86,7 @@ def test_no_feature_comes_from_after_its_prediction_time(
         poisoned[name] = table.set_column(table.column_names.index(value), value, values)
     root = built.offline.path("price").parent.parent.parent / "poisoned"
     offline = OfflineStore(root / "offline", shop.features)
-    online = LmdbStore(root / "online", shop.features)
+    online = open_online(shop.features, root / "online", "shop")
     pipeline = FeaturePipeline(shop.features, poisoned, offline, online)
     pipeline.advance(shop.hour(120))
     after, _ = build_training_set(

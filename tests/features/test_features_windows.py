@@ -6,26 +6,32 @@ import math
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlops_ray.config.features import FeatureView
+from mlops_ray.features.hyperloglog import codes_of, estimate
 from mlops_ray.features.tiles import (
-    Rows,
-    WindowPlan,
     boundaries_of,
     cells_of,
     expire,
     merge,
     no_cells,
-    plan_of,
 )
+from mlops_ray.features.window_plan import Rows, WindowPlan, plan_of
 from mlops_ray.features.windows import emit
 
 EVERY_US = 10_000_000
-BY = ("count", "sum", "mean", "min", "max", "last")
-PLAN = WindowPlan(EVERY_US, (1, 3, 8), tuple((by, 0) for by in BY), ("value",))
+BY = ("count", "sum", "mean", "min", "max", "last", "approx_distinct")
+PLAN = WindowPlan(
+    EVERY_US,
+    (1, 3, 8),
+    tuple((by, int(by == "approx_distinct")) for by in BY),
+    ("value",),
+    ("value",),
+)
 
 one_row = st.tuples(
     st.integers(0, 3),
@@ -41,9 +47,10 @@ def make_rows(items: list[tuple[int, int, int, float | None]]) -> Rows:
     entity = np.array([item[0] for item in items], np.int64)
     event = np.array([item[1] for item in items], np.int64) * 1_000_000
     late = np.array([item[2] for item in items], np.int64) * 1_000_000
-    values = np.array([[0.0 if item[3] is None else item[3] for item in items]])
-    valid = np.array([[item[3] is not None for item in items]], np.bool_)
-    return Rows(entity, event, event + late, values.reshape(1, -1), valid.reshape(1, -1))
+    values = np.array([0.0 if item[3] is None else item[3] for item in items], np.float64)
+    valid = np.array([item[3] is not None for item in items], np.bool_)
+    codes = codes_of(pa.array(values)).astype(np.float64)
+    return Rows(entity, event, event + late, np.stack([values, codes]), np.stack([valid, valid]))
 
 
 def backfill(rows: Rows, after: int = -(10**6), upto: int = 10**6):
@@ -60,21 +67,27 @@ def as_dict(emitted) -> dict[tuple[int, int], tuple[bytes, bytes]]:
 def oracle(rows: Rows, entity: int, boundary_us: int, window: int) -> list[float | None]:
     seen = [
         (rows.event_us[i], -(-rows.arrival_us[i] // EVERY_US), rows.arrival_us[i], v, valid)
-        for i, (v, valid) in enumerate(zip(rows.values[0], rows.valid[0], strict=True))
+        for i, (v, valid) in enumerate(
+            zip((rows.values[0] + 0.0).tolist(), rows.valid[0].tolist(), strict=True)
+        )
         if rows.entity[i] == entity
         and boundary_us - window * EVERY_US < rows.event_us[i] <= boundary_us
         and rows.arrival_us[i] <= boundary_us
     ]
     values = [row[3] for row in seen if row[4]]
     if not values:
-        return [float(len(seen)), None, None, None, None, None]
+        return [float(len(seen)), None, None, None, None, None, 0.0]
     newest = max((row for row in seen if row[4]), key=lambda row: row[:4])
     total = math.fsum(values)
     least, most = min(values), max(values)
-    return [float(len(seen)), total, total / len(values), least, most, newest[3]]
+    # The estimate of a set is that of its values in a row, whatever cells they went through.
+    codes = codes_of(pa.array(sorted(set(values))))
+    about = float(estimate(codes, np.zeros(len(codes), np.int64), 1)[0])
+    assert abs(about - len(codes)) <= 2
+    return [float(len(seen)), total, total / len(values), least, most, newest[3], about]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(row_lists)
 def test_features_are_those_of_the_oracle(items: list) -> None:
     rows = make_rows(items)
@@ -126,6 +139,18 @@ def test_neither_the_order_of_rows_nor_partitions_change_a_bit(
     for number in range(partitions):
         merged |= as_dict(backfill(rows.take(rows.entity % partitions == number)))
     assert merged == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(row_lists, st.integers(-6, 14))
+def test_many_rows_go_another_way_to_the_same_bits(items: list, cut: int) -> None:
+    rows = make_rows(items)
+    few = as_dict(backfill(rows, after=cut))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlops_ray.features.tiles._FEW_ROWS", 0)
+        patch.setattr("mlops_ray.features.windows._FEW_RUNS", 0)
+        patch.setattr("mlops_ray.features.windows._PAIRS", 3)
+        assert as_dict(backfill(rows, after=cut)) == few
 
 
 def test_values_of_equal_size_do_not_come_from_differences_of_long_sums() -> None:

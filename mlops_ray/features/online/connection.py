@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import hiredis
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -18,16 +22,16 @@ _IN_FLIGHT = 4
 
 
 class RedisServer:
-    """A Redis server behind a pool of connections, safe for threads.
+    """A Redis server behind connections that are used again, safe for threads.
 
-    Commands are sent on the pool's connections without redis-py's command layer, which takes longer
-    than the server does. Every method raises ``FeatureStoreError`` when the server does not answer
+    Commands are sent without redis-py's pool and command layer, which take longer than the server
+    does. Every method raises ``FeatureStoreError`` when the server does not answer
     within ``timeout_s`` or refuses; what it did then is not known.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         try:
-            self._pool = redis.ConnectionPool.from_url(
+            pool = redis.ConnectionPool.from_url(
                 url,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
@@ -42,20 +46,32 @@ class RedisServer:
                 why=str(error),
                 fix="write redis://host:6379/0, rediss:// for TLS, or unix:///path",
             ) from error
-        place = self._pool.connection_kwargs
+        self._idle: deque[Any] = deque()
+        self._process = os.getpid()
+        self._connect = partial(pool.connection_class, **pool.connection_kwargs)
+        place = pool.connection_kwargs
         self.address = place.get("path") or f"{place.get('host')}:{place.get('port', 6379)}"
 
     def call(self, command: Command) -> Any:
         """Return the answer to a command."""
-        with self._connection() as connection:
-            connection.send_command(*command)
-            return connection.read_response()
+        # The path of a request: without ``_connection``, which takes as long as the server.
+        connection = self._take()
+        try:
+            connection.send_packed_command([hiredis.pack_command(command)], check_health=False)
+            answer = connection.read_response()
+        except BaseException as error:
+            connection.disconnect()
+            if isinstance(error, redis.RedisError):
+                raise self._error(error) from error
+            raise
+        self._idle.append(connection)
+        return answer
 
     def transaction(self, commands: Sequence[Command]) -> list[Any]:
         """Return the answers to commands that are run together, in one round trip."""
         with self._connection() as connection:
             framed = [(b"MULTI",), *commands, (b"EXEC",)]
-            connection.send_packed_command(connection.pack_commands(framed))
+            connection.send_packed_command([b"".join(map(hiredis.pack_command, framed))])
             refused = None
             for _ in framed[:-1]:
                 try:
@@ -75,7 +91,7 @@ class RedisServer:
         with self._connection() as connection:
             waiting = 0
             for command in commands:
-                connection.send_command(*command)
+                connection.send_packed_command([hiredis.pack_command(command)])
                 waiting += 1
                 if waiting >= _IN_FLIGHT:
                     yield connection.read_response()
@@ -85,10 +101,7 @@ class RedisServer:
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        try:
-            connection = self._pool.get_connection()
-        except redis.RedisError as error:
-            raise self._error(error) from error
+        connection = self._take()
         try:
             yield connection
         except BaseException as error:
@@ -97,8 +110,19 @@ class RedisServer:
             if isinstance(error, redis.RedisError):
                 raise self._error(error) from error
             raise
-        finally:
-            self._pool.release(connection)
+        self._idle.append(connection)
+
+    def _take(self) -> Any:
+        """Return a connection that no other thread uses; it connects at its first command."""
+        if self._process != os.getpid():
+            # A forked process must not answer its parent's calls.
+            self._process, self._idle = os.getpid(), deque()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            return self._connect()
+        _forget_ended(connection)
+        return connection
 
     def _error(self, error: Exception) -> FeatureStoreError:
         gone = isinstance(error, redis.ConnectionError | redis.TimeoutError)
@@ -110,3 +134,14 @@ class RedisServer:
             if gone
             else "see the server's log: it may be out of memory, or read-only",
         )
+
+
+def _forget_ended(connection: Any) -> None:
+    """Close a connection that its server ended; it then connects again at its next command."""
+    try:
+        # Something to read before anything was asked is the news of the end.
+        ended = connection.is_connected and connection.can_read()
+    except (redis.ConnectionError, redis.TimeoutError):
+        ended = True
+    if ended:
+        connection.disconnect()

@@ -21,8 +21,10 @@ from mlops_ray.errors import FeatureStoreError
 
 _LONGEST = 400
 _FEW_ROWS = 100
+_FEW_VALUES = 16
 _LENGTH = struct.Struct(">cI").pack
 _INTEGER = struct.Struct(">cq").pack
+_PART = np.dtype([("kind", "u1"), ("value", ">i8")])
 
 
 def encode_keys(prefix: bytes, columns: Sequence[NDArray[Any]]) -> list[bytes | None]:
@@ -37,6 +39,8 @@ def encode_keys(prefix: bytes, columns: Sequence[NDArray[Any]]) -> list[bytes | 
     Raises:
         FeatureStoreError: A value is neither a string nor a whole number of 64 bits.
     """
+    if len(columns) == 1 and columns[0].dtype == np.int64:
+        return [prefix + part for part in _whole_parts(columns[0])]
     parts = [_parts(column) for column in columns]
     if any(None in part for part in parts):
         return [
@@ -90,8 +94,17 @@ def _short(prefix: bytes, key: bytes) -> bytes:
 
 def _parts(column: NDArray[Any]) -> list[Any]:
     if column.dtype == np.int64:
-        return [_INTEGER(b"i", value) for value in column.tolist()]
+        return _whole_parts(column)
     return [_part(value) for value in column.tolist()]
+
+
+def _whole_parts(column: NDArray[np.int64]) -> list[bytes]:
+    if len(column) < _FEW_VALUES:
+        return [_INTEGER(b"i", value) for value in column.tolist()]
+    parts = np.empty(len(column), _PART)
+    parts["kind"], parts["value"] = ord("i"), column
+    found: list[bytes] = parts.view(f"V{_PART.itemsize}").tolist()
+    return found
 
 
 def _part(value: Any) -> bytes | None:

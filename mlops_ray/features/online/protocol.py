@@ -65,8 +65,8 @@ class OnlineStore(Protocol):
             rows: Columns of the view's schema, in any order.
 
         Returns:
-            How many rows were newer than what was stored. Inside a batch, a store that decides at its end returns
-            how many rows it will decide about.
+            How many rows were newer than what was stored. Inside a batch, a store that decides at its
+            end returns how many rows it will decide about.
         """
 
     def replace(self, view: str, tables: Iterable[pa.Table], cursor: Cursor) -> int:

@@ -61,7 +61,8 @@ class Reader:
         starts = np.cumsum([0, *(layout.words for layout in layouts)])
         self._words = int(starts[-1])
         starts = starts[:-1]
-        self._event, self._created = starts + 1, starts + 2
+        self._schema, self._event, self._created = starts, starts + 1, starts + 2
+        self._schemas = np.frombuffer(b"".join(layout.schema for layout in layouts), WORD)
         self._ttl_us = np.array([view.ttl_us for view in views])
         counts = [len(layout.columns) for layout in layouts]
         null_words = np.array([layout.null_words for layout in layouts])
@@ -109,10 +110,10 @@ class Reader:
         that moment, by event time or created time (the store keeps no older one); or a key is null.
         All but PRESENT are NaN in the matrix. bools are 0 and 1; an int beyond 2^53 is rounded.
         """
-        values = self._rows(keys)
+        found = self._fetch(keys)
         if len(at_us) == 1:
-            return self._single_row(values, int(at_us[0]))
-        words = self._join(values)
+            return self._single_row(found, int(at_us[0]))
+        words, _ = self._words_of(found)
         status = self._status(words, at_us)
         if not self._all_numeric:
             status = status.take(self._numeric, 1)
@@ -131,7 +132,7 @@ class Reader:
         """
         if self._all_numeric:
             return dict(zip(self._names, self.read(keys, at_us)[0].T, strict=True))
-        decoded = self._decode(self._rows(keys), at_us)
+        decoded = self._decode(self._fetch(keys), at_us)
         matrix = self._matrix(decoded.words)
         matrix[decoded.status[:, self._numeric] != PRESENT] = np.nan
         columns: dict[str, NDArray[Any]] = {
@@ -154,25 +155,29 @@ class Reader:
         The table's columns are called ``<view>__<feature>`` and have the types of the views' schemas;
         what is not PRESENT is null there.
         """
-        decoded = self._decode(self._rows(keys), at_us)
+        decoded = self._decode(self._fetch(keys), at_us)
         columns = [self._arrow(decoded, at) for at in range(len(self._names))]
         return pa.table(columns, names=self._names), decoded.status
-
-    def _rows(self, keys: Sequence[Keys]) -> list[Values]:
-        """Return the values of each view, all in the view's present layout."""
-        found = self._fetch(keys)
-        for at, view in enumerate(self._views):
-            schema = view.layout.schema
-            if not all([v is None or v.startswith(schema) for v in found[at]]):
-                found[at] = [v and self._converted(view, v) for v in found[at]]
-        return found
 
     def _converted(self, view: StoredView, value: bytes) -> bytes:
         if value.startswith(view.layout.schema):
             return value
         return convert(value, self._layout_of(view, value[:8]), view.layout)
 
-    def _join(self, found: list[Values]) -> NDArray[np.int64]:
+    def _words_of(self, found: list[Values]) -> tuple[NDArray[np.int64], list[Values]]:
+        """Return the rows [n, words] of all views side by side, and the values that they are of."""
+        words = self._join(found)
+        # A value of another layout gives another sum of sizes, or another id where an id is due.
+        if words is None or (words.take(self._schema, 1) != self._schemas).any():
+            found = [
+                [v and self._converted(view, v) for v in values]
+                for view, values in zip(self._views, found, strict=True)
+            ]
+            words = self._join(found)
+            assert words is not None
+        return words, found
+
+    def _join(self, found: list[Values]) -> NDArray[np.int64] | None:
         whole = [
             [v or blank for v in values] for values, blank in zip(found, self._blanks, strict=True)
         ]
@@ -180,7 +185,10 @@ class Reader:
             if view.layout.has_strings:
                 whole[at] = [value[: view.layout.size] for value in whole[at]]
         rows = whole[0] if len(whole) == 1 else chain.from_iterable(zip(*whole, strict=True))
-        return np.frombuffer(b"".join(rows), WORD).reshape(-1, self._words)
+        content = b"".join(rows)
+        if len(content) != len(found[0]) * self._words * WORD.itemsize:
+            return None
+        return np.frombuffer(content, WORD).reshape(-1, self._words)
 
     def _matrix(self, words: NDArray[np.int64]) -> NDArray[np.float64]:
         matrix = words.view(FLOAT).take(self._numeric_words, 1)
@@ -213,7 +221,7 @@ class Reader:
         return status
 
     def _decode(self, found: list[Values], at_us: NDArray[np.int64]) -> _Decoded:
-        words = self._join(found)
+        words, found = self._words_of(found)
         values = [[v or b"" for v in column] for column in found]
         return _Decoded(words, self._status(words, at_us), values)
 
@@ -248,7 +256,9 @@ class Reader:
     ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         numbers: list[float] = []
         statuses = bytearray()
-        for single, (value,) in zip(self._single, found, strict=True):
+        for single, view, (value,) in zip(self._single, self._views, found, strict=True):
+            if value is not None and not value.startswith(view.layout.schema):
+                value = self._converted(view, value)
             single.decode(value, at_us, numbers, statuses)
         return np.array([numbers], np.float64), np.frombuffer(statuses, np.uint8)[None]
 

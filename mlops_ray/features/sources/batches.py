@@ -40,7 +40,7 @@ class Batches:
         return Batches(first.schema, flow())
 
     def normalised(self) -> Batches:
-        """Return them with every timestamp as ``timestamp[us, UTC]`` and no dictionary-encoded column."""
+        """Return them with every timestamp as ``timestamp[us, UTC]`` and nothing dictionary-encoded."""
         fields = [field.with_type(_normal_type(field.type)) for field in self.schema]
         return Batches(pa.schema(fields), (normalise(batch) for batch in self.batches))
 
