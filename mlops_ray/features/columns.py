@@ -67,13 +67,16 @@ def normalise_instants(table: pa.Table) -> pa.Table:
 def to_instants(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """Return timestamps or dates as ``timestamp[us, UTC]``; naive ones are UTC.
 
-    What is finer than a microsecond is cut off towards the past, so that no row seems to be there
-    before it was, nor after 1970 where it was before.
+    What is finer than a microsecond is cut off towards the past, before 1970 too: what falls in one
+    microsecond happens at once, rows and labels alike.
 
     Raises:
         SchemaError: A time is too far away for whole microseconds in 64 bits.
     """
     if pa.types.is_timestamp(values.type) and values.type.unit == "ns":
+        if values.type.tz is not None:
+            # Flooring goes by local time, which an hour of autumn has twice.
+            values = values.cast(pa.timestamp("ns", tz="UTC"))
         values = pc.floor_temporal(values, unit="microsecond")
     try:
         return values.cast(INSTANT)

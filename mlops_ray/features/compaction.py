@@ -60,9 +60,15 @@ def compact(folder: Path, keys: Sequence[str]) -> int:
 
 
 def tidy(folder: Path, keys: Sequence[str]) -> None:
-    """Merge small files of the tail into one, where no other commit comes in between."""
+    """Keep the tail short: merge its small files into one, or spread it where it is long.
+
+    Nothing is merged where another commit comes in between.
+    """
     table = delta_log.open_table(folder)
     files = [file for file in delta_log.files_of(table) if file.bucket == TAIL]
+    if _rows(files) > TAIL_ROWS:
+        compact(folder, keys)
+        return
     small = _small(files, 0)
     if len(small) < 2:
         return
@@ -88,14 +94,19 @@ def _choose(files: Iterable[WrittenFile], count: int, share: int) -> dict[int, l
 
 
 def _small(files: Sequence[WrittenFile], rows: int) -> list[WrittenFile]:
-    """Return the files that are small beside all smaller ones and ``rows`` more rows."""
+    """Return the files that are small beside all smaller ones and ``rows`` more rows.
+
+    And those written between them: of rows with equal times the last written one counts, and a
+    merged file is as young as its youngest row.
+    """
     small: list[WrittenFile] = []
     for file in sorted(files, key=lambda file: file.rows):
         if rows and file.rows > _GROWTH * rows:
             break
         small.append(file)
         rows += file.rows
-    return small
+    orders = [file.order for file in small]
+    return [file for file in files if orders and min(orders) <= file.order <= max(orders)]
 
 
 def _forget(folder: Path, files: Iterable[WrittenFile]) -> None:

@@ -51,6 +51,10 @@ def open_table(folder: Path, version: int | None = None) -> Any:
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError, TableNotFoundError
 
+    if version is not None and version < 0:
+        raise FeatureStoreError(
+            f"there is no version {version}", where=str(folder), fix="the first version is 0"
+        )
     try:
         table = DeltaTable(str(folder), version=version) if folder.is_dir() else None
     except TableNotFoundError:
@@ -70,6 +74,15 @@ def open_table(folder: Path, version: int | None = None) -> Any:
             fix="run the features workflow, or use the configuration of that version",
         )
     return table
+
+
+def birth(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a table from another one in the same folder later, None for no table."""
+    try:
+        first = (folder / "_delta_log" / f"{0:020d}.json").stat()
+    except FileNotFoundError:
+        return None
+    return first.st_ino, first.st_mtime_ns
 
 
 def generation_token(generation: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -104,7 +105,10 @@ def _ascends(columns: Sequence[NDArray[np.int64]]) -> bool:
 def write_file(
     folder: Path, bucket: int, rows: pa.Table, keys: Sequence[str], order_ns: int | None = None
 ) -> WrittenFile:
-    """Write rows of one bucket, in any order, as a sorted file; no commit knows it yet."""
+    """Write rows of one bucket, in any order, as a sorted file; no commit knows it yet.
+
+    On return it survives a crash of the machine.
+    """
     when = time.time_ns() if order_ns is None else order_ns
     path = f"bucket={bucket}/part-{when:020d}-{uuid.uuid4().hex[:12]}.parquet"
     target = folder / path
@@ -119,6 +123,8 @@ def write_file(
         compression="lz4",
         use_dictionary=[*dict.fromkeys([*keys, *texts])],
     )
+    _keep(target)
+    _keep(target.parent)
     return WrittenFile(
         path,
         bucket,
@@ -127,6 +133,14 @@ def write_file(
         _range(rows, EVENT_TIME),
         _range(rows, CREATED_TIME),
     )
+
+
+def _keep(path: Path) -> None:
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def _check_times(rows: pa.Table, target: Path) -> None:

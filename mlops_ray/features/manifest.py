@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,12 +22,15 @@ class ViewPin(Frozen):
     """One version of a view's rows: digest of its definition, id and version of its Delta table.
 
     ``generation`` stands for the code that made the rows. Version −1 stands for no table yet.
+    ``ttl_us`` and ``features``, types by name, are what of the declaration the digest may leave out.
     """
 
     definition: str
     table: str
     version: int
     generation: str
+    ttl_us: int | None
+    features: dict[str, str]
 
 
 class TrainingManifest(Frozen):
@@ -49,6 +55,16 @@ class TrainingManifest(Frozen):
         return digest_json(self)[:_ID_LETTERS]
 
 
+@contextmanager
+def pinning(root: Path) -> Iterator[None]:
+    """Let no other process write a manifest, or delete what none pins, at the same time."""
+    folder = root / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_manifest(root: Path, manifest: TrainingManifest) -> str:
     """Store a manifest with an offline store; return its id. It pins the versions that it names."""
     path = root / _FOLDER / f"{manifest.id}.json"
@@ -64,14 +80,19 @@ def read_manifest(root: Path, manifest_id: str) -> TrainingManifest:
     """
     path = root / _FOLDER / f"{manifest_id}.json"
     try:
-        return TrainingManifest.model_validate_json(path.read_text())
+        return _read(path)
     except FileNotFoundError as error:
-        known = [*list_manifests(root)]
+        known = sorted(path.stem for path in path.parent.glob("*.json"))
         raise FeatureStoreError(
             f"there is no training manifest {manifest_id!r}",
             where=str(path.parent),
             fix=f"known manifests: {', '.join(known)}" if known else "make a training set first",
         ) from error
+
+
+def _read(path: Path) -> TrainingManifest:
+    try:
+        return TrainingManifest.model_validate_json(path.read_text())
     except ValidationError as error:
         raise FeatureStoreError(
             "a training manifest cannot be read", where=str(path), why=str(error)
@@ -80,8 +101,12 @@ def read_manifest(root: Path, manifest_id: str) -> TrainingManifest:
 
 def list_manifests(root: Path) -> dict[str, TrainingManifest]:
     """Return all stored manifests by id, in the order in which they were written."""
-    paths = sorted((root / _FOLDER).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return {path.stem: read_manifest(root, path.stem) for path in paths}
+    found = []
+    for path in (root / _FOLDER).glob("*.json"):
+        # Another process may forget one meanwhile.
+        with suppress(FileNotFoundError):
+            found.append((path.stat().st_mtime_ns, path.stem, _read(path)))
+    return {name: manifest for _, name, manifest in sorted(found, key=lambda item: item[:2])}
 
 
 def unpin(root: Path, manifest_id: str) -> None:
@@ -94,11 +119,11 @@ def unpin(root: Path, manifest_id: str) -> None:
     (root / _FOLDER / f"{manifest_id}.json").unlink(missing_ok=True)
 
 
-def pinned_versions(root: Path, view: str, definition: str) -> set[int]:
-    """Return the versions of a view of that definition that manifests pin."""
+def pinned_versions(root: Path, view: str, table: str) -> set[int]:
+    """Return the versions of a view's Delta table of that id that manifests pin."""
     pins = (manifest.views.get(view) for manifest in list_manifests(root).values())
     return {
         pin.version
         for pin in pins
-        if pin is not None and pin.definition == definition and pin.version >= 0
+        if pin is not None and pin.table == table and pin.version >= 0
     }

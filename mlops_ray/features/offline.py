@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,13 @@ from mlops_ray.features.files import (
     read_file,
     write_file,
 )
-from mlops_ray.features.intake import refuse_stored, write_rows
+from mlops_ray.features.intake import refuse_outside, write_rows
 from mlops_ray.features.scan import scan_files
 
 if TYPE_CHECKING:
     import ray.data
+
+logger = logging.getLogger(__name__)
 
 _DIGEST_LETTERS = 16
 _ATTEMPTS = 5
@@ -55,6 +58,7 @@ class OfflineStore:
         self.root = root
         self._features = features
         self._writing: dict[str, Any] = {}
+        self._births: dict[str, Any] = {}
         self._followed: dict[str, str] = {}
         self._marks: dict[str, tuple[int, Mark]] = {}
 
@@ -85,7 +89,8 @@ class OfflineStore:
         Raises:
             FeatureStoreError: Another writer kept committing to this view at the same time, or it
                 stored rows of another generation after this store went on from rows of this one;
-                nothing was written. An iterator cannot be read twice, so it has one attempt.
+                or the table was removed since. Or a row was created after ``watermark_us``. Nothing
+                was written. An iterator cannot be read twice, so it has one attempt.
         """
         definition = define(self._features, view)
         tables = [rows] if isinstance(rows, pa.Table) else rows
@@ -97,12 +102,17 @@ class OfflineStore:
             if table is not None and stored_us is not None and stored_us >= watermark_us:
                 return int(table.version())
             folder = self.path(view)
-            files = write_rows(folder, definition, tables, stored_us, lambda: self._buckets(table))
+            files = write_rows(
+                folder, definition, tables, stored_us, watermark_us, lambda: self._buckets(table)
+            )
             return self._commit(definition, table, files, watermark_us, generation)
 
         version = _try(once, attempts)
         if version and version % _TIDY_EVERY == 0:
-            compaction.tidy(self.path(view), [*definition.keys])
+            try:
+                compaction.tidy(self.path(view), [*definition.keys])
+            except Exception:
+                logger.exception("the rows of view %s are stored, but not compacted", view)
         return version
 
     def write_bucket(self, view: str, bucket: int, rows: pa.Table) -> WrittenFile:
@@ -138,7 +148,7 @@ class OfflineStore:
             stored_us = self._stored(view, table, generation)
             if table is not None and stored_us is not None and stored_us >= watermark_us:
                 return int(table.version())
-            refuse_stored(files, stored_us, self.path(view))
+            refuse_outside(files, stored_us, watermark_us, self.path(view))
             return self._commit(definition, table, files, watermark_us, generation)
 
         return _try(once, _ATTEMPTS)
@@ -229,6 +239,7 @@ class OfflineStore:
         if mark is None or mark.generation != delta_log.generation_token(generation):
             return None
         if version is None:
+            self._is_remade(view)
             self._followed[view] = generation
         return mark.watermark_us
 
@@ -280,10 +291,11 @@ class OfflineStore:
                 running job.
             dry_run: Only say which files they are.
         """
-        from mlops_ray.features.manifest import pinned_versions
+        from mlops_ray.features.manifest import pinned_versions, pinning
 
-        keep = pinned_versions(self.root, view, define(self._features, view).digest)
-        return compaction.vacuum(self.path(view), keep, retention, dry_run)
+        with pinning(self.root):
+            keep = pinned_versions(self.root, view, self.table_id(view))
+            return compaction.vacuum(self.path(view), keep, retention, dry_run)
 
     def _commit(
         self,
@@ -299,7 +311,7 @@ class OfflineStore:
             buckets = self._features.offline.buckets
             mark = Mark(watermark_us, token)
             delta_log.create(folder, definition.schema, files, mark, buckets)
-            version = 0
+            version, self._births[view] = 0, delta_log.birth(folder)
         else:
             same = self._mark(view, table).generation == token
             replaced = [] if same else delta_log.files_of(table)
@@ -335,18 +347,35 @@ class OfflineStore:
     def _table_to_write(self, definition: ViewDefinition) -> Any:
         """Return the newest version of a table, with all of the definition's columns."""
         view = definition.name
-        table = self._writing.get(view)
+        if self._is_remade(view):
+            raise FeatureStoreError(
+                "the table that these rows go on from was removed meanwhile",
+                where=str(self.path(view)),
+                fix="make the rows anew from the stored watermark on",
+            )
+        # A table that cannot be updated is opened anew by the next attempt.
+        table = self._writing.pop(view, None)
         if table is None:
             table = self._open(view)
-            if table is None:
-                return None
-            self._writing[view] = table
         else:
             table.update_incremental()
+        if table is None:
+            return None
+        self._writing[view] = table
         new = self._check(definition, table)
         if new:
             delta_log.add_columns(table, self.path(view), new)
         return table
+
+    def _is_remade(self, view: str) -> bool:
+        """Say whether another table lies where this store read or wrote one; it is forgotten then."""
+        known, now = self._births.get(view), delta_log.birth(self.path(view))
+        self._births[view] = now
+        if known is None or known == now:
+            return False
+        for held in (self._writing, self._marks, self._followed):
+            held.pop(view, None)
+        return True
 
     def _check(self, definition: ViewDefinition, table: Any) -> list[pa.Field]:
         where = f"features.views.{definition.name}"

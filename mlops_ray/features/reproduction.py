@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.definitions import define
-from mlops_ray.features.manifest import TrainingManifest, ViewPin, write_manifest
+from mlops_ray.features.files import check_files
+from mlops_ray.features.manifest import TrainingManifest, ViewPin, pinning, write_manifest
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.service import find_service, on_demand_views
 from mlops_ray.features.training_set import (
@@ -54,7 +55,8 @@ def make_training_set(
 
     Raises:
         SchemaError: A column is missing or has the wrong type.
-        FeatureStoreError: A view's table is not the one that ``versions`` names.
+        FeatureStoreError: A view's table is not the one that ``versions`` names, or a vacuum deleted
+            files of a version meanwhile.
     """
     pins = {
         view: _pin(features, view, store, versions)
@@ -72,7 +74,9 @@ def make_training_set(
         rows=result.num_rows,
         result=digest_table(result),
     )
-    write_manifest(store.root, manifest)
+    with pinning(store.root):
+        _check_stored(pins, store)
+        write_manifest(store.root, manifest)
     return TrainingSet(result, count, manifest)
 
 
@@ -97,8 +101,13 @@ def training_set_of(
     Raises:
         FeatureStoreError: Something is not what it was: says what.
     """
+    asked = find_service(features, manifest.service).views
+    _compare("the service's list of views", [*asked], [*manifest.views])
     for view, pin in manifest.views.items():
-        _compare(f"the definition of view {view!r}", define(features, view).digest, pin.definition)
+        definition = define(features, view)
+        _compare(f"the definition of view {view!r}", definition.digest, pin.definition)
+        _compare(f"the TTL of view {view!r} in µs", definition.ttl_us, pin.ttl_us)
+        _compare(f"the features of view {view!r}", _types(features, view), pin.features)
         if pin.version >= 0:
             _compare(f"the table of view {view!r}", store.table_id(view), pin.table)
     _compare("offline.known_only", features.offline.known_only, manifest.known_only)
@@ -139,16 +148,31 @@ def _parts(values: pa.ChunkedArray) -> list[NDArray[Any]]:
     return [lengths, np.frombuffer(b"".join(texts.to_pylist()), np.uint8)]
 
 
+def _check_stored(pins: Mapping[str, ViewPin], store: OfflineStore) -> None:
+    """Make sure that what the training set was made from is there, so that a pin keeps it."""
+    for view, pin in pins.items():
+        if pin.version >= 0:
+            _compare(f"the table of view {view!r}", store.table_id(view), pin.table)
+            check_files(store.path(view), store.files(view, pin.version))
+
+
+def _types(features: Features, view: str) -> dict[str, str]:
+    return dict(features.views[view].features)
+
+
 def _pin(features: Features, view: str, store: OfflineStore, versions: FeatureVersions) -> ViewPin:
     table = store.table_id(view)
     if view in versions.tables:
         _compare(f"the table of view {view!r}", table, versions.tables[view])
     version = versions.versions.get(view, store.version(view))
+    definition = define(features, view)
     return ViewPin(
-        definition=define(features, view).digest,
+        definition=definition.digest,
         table=table,
         version=version,
         generation="" if version < 0 else store.generation(view, version),
+        ttl_us=definition.ttl_us,
+        features=_types(features, view),
     )
 
 

@@ -59,8 +59,9 @@ def labelled_rows(
     has_label = pc.and_(pc.is_valid(label), pc.is_valid(table[labels.time]))
     known = pc.and_(has_label, pc.is_valid(table[labels.known_at]))
     if until is not None:
-        moment = pa.scalar(until, INSTANT)
-        known = pc.and_(known, pc.fill_null(pc.less_equal(table[labels.known_at], moment), False))
+        known_at = to_instants(table[labels.known_at], where)
+        in_time = pc.less_equal(known_at, pa.scalar(until, INSTANT))
+        known = pc.and_(known, pc.fill_null(in_time, False))
     rows = table.filter(known)
     present = int(pc.sum(has_label).as_py() or 0)
     count = LabelCount(rows.num_rows, table.num_rows - present, present - rows.num_rows)

@@ -14,10 +14,15 @@ def rewind(context: Context, project: str, features: Features) -> bool:
     """Forget what a project has learnt of time: feature stores, prediction log, monitor, aliases.
 
     A replay starts in the past, and stores that have seen its end would leak it. Registered versions,
-    runs and artifacts stay: what was done remains known. Returns whether there was anything to forget.
+    runs and artifacts stay: what was done remains known. So do pushed events, from which their views
+    are made again; the writer that takes them in is ended. Training manifests go with the tables
+    whose versions they pin: a training set of before cannot be made again from a manifest.
+
+    Returns whether there was anything to forget.
     """
     from mlops_ray.delivery.steps import CHAMPION, FIRST
     from mlops_ray.features.online import open_online
+    from mlops_ray.features.push import stop_writer
     from mlops_ray.loop.actor import stop
     from mlops_ray.registry.registry import Registry
 
@@ -29,8 +34,9 @@ def rewind(context: Context, project: str, features: Features) -> bool:
         home.monitor(project),
     ]
     _take_down(project)
-    with contextlib.suppress(MlopsRayError):
-        stop(project)
+    for end in (stop, stop_writer):
+        with contextlib.suppress(MlopsRayError):
+            end(project)
     if features.online.store != "lmdb":
         open_online(features, home.online(project), project).clear()
     known = [folder for folder in folders if folder.exists()]

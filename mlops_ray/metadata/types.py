@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from mlops_ray.config.base import Frozen, Instant
 
 
@@ -12,7 +14,7 @@ class FeatureVersions(Frozen):
     """
 
     versions: dict[str, int]
-    tables: dict[str, str] = {}
+    tables: dict[str, str] = Field(default_factory=dict)
     until: Instant | None = None
     rows_written: int = 0
 

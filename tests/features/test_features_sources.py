@@ -20,7 +20,13 @@ from pyarrow import csv
 
 from mlops_ray.config.features import Features, Source
 from mlops_ray.errors import MlopsRayError, SchemaError, SourceError
-from mlops_ray.features.sources import clean_source, clean_table, extract_source, open_source
+from mlops_ray.features.sources import (
+    clean_source,
+    clean_table,
+    cleaning,
+    extract_source,
+    open_source,
+)
 from mlops_ray.features.tables import read_tables, write_tables
 
 TABLE = pa.table({"n": [1, 2], "at": pa.array([0, 90], pa.timestamp("s")), "day": ["a", "b"]})
@@ -302,13 +308,35 @@ def test_clean_by_batch_is_clean_by_table(tmp_path: Path, features: Any) -> None
     assert files[0] == files[1]
 
 
+def test_cleaning_on_ray_data_gives_the_same_bytes(
+    ray_cluster: Any, tmp_path: Path, features: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 1_200_000
+    raw = pa.table({"n": range(rows), "at": pa.array([0] * rows, UTC_US)})
+    write_tables(tmp_path / "raw", {"rows": raw})
+    by_batch = {"path": "x", "available_at": "at", "clean_by": "batch"}
+    declared = features(rows=by_batch | {"clean": "features.cleaners.keep_even"})
+    made = clean_source(declared, "rows", tmp_path / "raw", tmp_path / "ray")
+    assert made.rows == rows // 2
+    with monkeypatch.context() as patched:
+        patched.setattr(cleaning, "_ray_has_room", lambda: False)
+        clean_source(declared, "rows", tmp_path / "raw", tmp_path / "here")
+    files = [(tmp_path / place / "rows.arrow").read_bytes() for place in ("ray", "here")]
+    assert files[0] == files[1]
+    broken = features(rows=by_batch | {"clean": "features.cleaners.fails_late"})
+    with pytest.raises(SourceError, match=r"fails_late failed(.|\n)*KeyError: 'price'"):
+        clean_source(broken, "rows", tmp_path / "raw", tmp_path / "broken")
+
+
 STREAMED = """
 import sys
 from pathlib import Path
 import pyarrow as pa
 from mlops_ray.config.features import Source
-from mlops_ray.features.sources import clean_table, open_source
-from mlops_ray.features.tables import open_table, write_table
+from mlops_ray.features.sources import open_source
+from mlops_ray.features.sources.batches import Batches
+from mlops_ray.features.sources.cleaning import clean_slices
+from mlops_ray.features.tables import write_table
 
 folder = Path(sys.argv[1])
 source = Source(
@@ -316,7 +344,7 @@ source = Source(
 )
 raw = open_source(source, folder)
 rows = write_table(folder, "raw copy", raw.batches, raw.schema)
-clean = clean_table(source, open_table(folder / "raw copy.arrow"))
+clean = Batches.from_first(clean_slices(source.clean, folder / "raw copy.arrow", "source"))
 kept = write_table(folder, "clean", clean.batches, clean.schema)
 print(rows, kept, pa.default_memory_pool().max_memory())
 """

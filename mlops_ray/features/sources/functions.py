@@ -18,7 +18,14 @@ def call(target: str, arguments: Mapping[str, Any], where: str, *positional: Any
     Raises:
         SourceError: The function failed or returned something else.
     """
-    result = _called(target, arguments, where, positional)
+    return call_function(load(target), target, arguments, where, *positional)
+
+
+def call_function(
+    function: Any, target: str, arguments: Mapping[str, Any], where: str, *positional: Any
+) -> pa.Table:
+    """Return what ``call`` does, for a function that is loaded already; ``target`` is its name."""
+    result = _called(function, target, arguments, where, positional)
     table = _as_table(result)
     if table is None:
         raise _no_table(target, result, where)
@@ -33,7 +40,7 @@ def read_function(target: str, arguments: Mapping[str, Any], where: str) -> Batc
     Raises:
         SourceError: The function failed or returned something else.
     """
-    result = _called(target, arguments, where, ())
+    result = _called(load(target), target, arguments, where, ())
     if _is_of(result, "ray.data"):
         return _dataset(result, target, where)
     table = _as_table(result)
@@ -49,7 +56,7 @@ def _dataset(dataset: Any, target: str, where: str) -> Batches:
         try:
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         except Exception as error:
-            raise _failed(target, error, where) from error
+            raise failed(target, error, where) from error
 
     schema = dataset.schema()
     if schema is None:
@@ -66,14 +73,15 @@ def _dataset(dataset: Any, target: str, where: str) -> Batches:
         )
 
 
-def _called(target: str, arguments: Mapping[str, Any], where: str, positional: Any) -> Any:
-    function = load(target)
+def _called(
+    function: Any, target: str, arguments: Mapping[str, Any], where: str, positional: Any
+) -> Any:
     try:
         return function(*positional, **arguments)
     except MlopsRayError:
         raise
     except Exception as error:
-        raise _failed(target, error, where) from error
+        raise failed(target, error, where) from error
 
 
 def _as_table(result: Any) -> pa.Table | None:
@@ -97,7 +105,8 @@ def _no_table(target: str, result: Any, where: str) -> SourceError:
     )
 
 
-def _failed(target: str, error: Exception, where: str) -> SourceError:
+def failed(target: str, error: Exception, where: str) -> SourceError:
+    """Make the error for a function that raised one."""
     return SourceError(
         f"{target} failed",
         where=where,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from mlops_ray.features import expectations
 from mlops_ray.features.columns import instants
 from mlops_ray.features.expectations import ExpectationResult
 from mlops_ray.features.sources.batches import Batches
+from mlops_ray.features.sources.cleaning import clean_slices
 from mlops_ray.features.sources.events import FETCHED_AT, RECEIVED_AT
 from mlops_ray.features.sources.functions import call, read_function
 from mlops_ray.features.tables import open_table, table_path, write_table
 
-_CLEAN_ROWS = 1 << 17
 _STAMPS = (RECEIVED_AT, FETCHED_AT)
 
 
@@ -108,7 +107,11 @@ def clean_source(features: Features, name: str, raw: Path, folder: Path) -> Clea
     """
     source, where = find_source(features, name), f"features.sources.{name}"
     before = open_table(table_path(raw, name))
-    found = clean_table(source, before, where)
+    if source.clean is not None and _by_batch(source):
+        slices = clean_slices(source.clean, table_path(raw, name), where)
+        found = _checked(source, Batches.from_first(slices), where)
+    else:
+        found = clean_table(source, before, where)
     rows = write_table(folder, name, found.batches, found.schema)
     after = open_table(table_path(folder, name))
     results = expectations.evaluate(after, source.expectations, where)
@@ -118,29 +121,26 @@ def clean_source(features: Features, name: str, raw: Path, folder: Path) -> Clea
 def clean_table(source: Source, raw: pa.Table, where: str = "source") -> Batches:
     """Return ``raw`` after the source's clean function, or ``raw`` itself where it has none.
 
-    Pushed events are cleaned a few at a time, as they come in, so always by batch.
-
     Raises:
         SourceError: The clean function failed or returned no table.
         SchemaError: The result lacks the column that says when a row is known, or it holds no
             timestamps.
     """
-    if source.clean is None:
-        found = Batches.of(raw)
-    elif source.clean_by == "batch" or source.push is not None:
-        found = Batches.from_first(_clean_slices(source.clean, raw, where))
-    else:
-        found = Batches.of(call(source.clean, {}, where, raw))
-    found = found.normalised()
+    table = raw if source.clean is None else call(source.clean, {}, where, raw)
+    return _checked(source, Batches.of(table), where)
+
+
+def _by_batch(source: Source) -> bool:
+    """Pushed events are cleaned a few at a time, as they come in, so always by batch."""
+    return source.clean_by == "batch" or source.push is not None
+
+
+def _checked(source: Source, cleaned: Batches, where: str) -> Batches:
+    found = cleaned.normalised()
     instants(found.schema.empty_table(), source.known_at, f"{where}.available_at")
     for name in _STAMPS if source.kafka is not None else _STAMPS[:1] if source.push else ():
         _check_stamp(found.schema, name, where)
     return found
-
-
-def _clean_slices(target: str, raw: pa.Table, where: str) -> Iterator[pa.Table]:
-    for start in range(0, max(raw.num_rows, 1), _CLEAN_ROWS):
-        yield call(target, {}, where, raw.slice(start, _CLEAN_ROWS))
 
 
 def _check_stamp(schema: pa.Schema, name: str, where: str) -> None:

@@ -1,0 +1,88 @@
+"""Cleaning a source larger than memory: some rows at a time, on Ray Data where a cluster is up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mlops_ray.config.targets import load
+from mlops_ray.errors import MlopsRayError
+from mlops_ray.features.sources.functions import call_function, failed
+from mlops_ray.features.tables import open_table
+
+CLEAN_ROWS = 1 << 17
+_LEAST_SLICES = 8
+
+
+@dataclass(frozen=True)
+class CleanSlice:
+    """Cleans the rows of an Arrow file that begin at a number; made to be sent to a Ray task."""
+
+    function: Any
+    target: str
+    file: Path
+    where: str
+
+    def __call__(self, starts: pa.Table) -> pa.Table:
+        """Return the cleaned rows of the one slice that ``starts`` names."""
+        (start,) = starts["start"].to_pylist()
+        rows = open_table(self.file).slice(start, CLEAN_ROWS)
+        return call_function(self.function, self.target, {}, self.where, rows)
+
+
+def clean_slices(target: str, file: Path, where: str) -> Iterator[pa.Table]:
+    """Yield the rows of an Arrow file, cleaned in slices of at most 131,072, in the file's order.
+
+    The slices are cut alike wherever they are cleaned, so the rows are the same. Only a few of them
+    are in memory at a time.
+
+    Raises:
+        SourceError: The clean function failed or returned no table.
+    """
+    clean = CleanSlice(load(target), target, file, where)
+    starts = range(0, max(open_table(file).num_rows, 1), CLEAN_ROWS)
+    if len(starts) >= _LEAST_SLICES and _ray_has_room():
+        yield from _on_ray_data(clean, starts)
+        return
+    for start in starts:
+        yield clean(pa.table({"start": [start]}))
+
+
+def _on_ray_data(clean: CleanSlice, starts: range) -> Iterator[pa.Table]:
+    import ray.data
+
+    blocks: Any = ray.data.from_arrow([pa.table({"start": [start]}) for start in starts])
+    dataset = blocks.map_batches(
+        clean, batch_format="pyarrow", batch_size=None, zero_copy_batch=True
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    try:
+        yield from dataset.iter_batches(batch_format="pyarrow", batch_size=None)
+    except Exception as error:
+        raise _cause(error) or failed(clean.target, error, clean.where) from error
+
+
+def _cause(error: BaseException) -> MlopsRayError | None:
+    """Return our own error among those that Ray has wrapped it in."""
+    waiting, seen = [error], set()
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, MlopsRayError) and not hasattr(found, "cause"):
+            return found
+        if id(found) not in seen:
+            seen.add(id(found))
+            inner = (getattr(found, "cause", None), found.__cause__)
+            waiting += [part for part in inner if isinstance(part, BaseException)]
+    return None
+
+
+def _ray_has_room() -> bool:
+    """Whether a cluster is up with a CPU for tasks beside the step that waits for them."""
+    import ray
+
+    return ray.is_initialized() and ray.cluster_resources().get("CPU", 0) >= 2

@@ -1,0 +1,16 @@
+"""Clean functions that Ray's workers can import."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def keep_even(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(pc.bit_wise_and(table["n"], 1), 0))
+
+
+def fails_late(table: pa.Table) -> pa.Table:
+    if pc.max(table["n"]).as_py() > 1_000_000:
+        raise KeyError("price")
+    return table
