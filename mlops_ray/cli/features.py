@@ -77,12 +77,13 @@ def apply(overrides: tuple[str, ...], as_json: bool) -> None:
 def prune(overrides: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """List, or with --yes remove, tables of views and definitions that are declared no more.
 
-    What a training manifest pins stays.
+    Their rows in the online store go with them. What a training manifest pins stays.
     """
     from mlops_ray.features.pruning import prune as prune_store
 
     store = browse.open_store(overrides)
-    found = prune_store(store.features, store.offline, dry_run=not yes)
+    online = store.online(readonly=False) if yes else None
+    found = prune_store(store.features, store.offline, online, dry_run=not yes)
     if as_json:
         click.echo(json.dumps([item.model_dump(mode="json") for item in found], indent=2))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from mlops_ray.features.files import (
     read_batches,
     write_file,
 )
+
+logger = logging.getLogger(__name__)
 
 _ROUND_ROWS = 5_000_000
 _GROWTH = 4
@@ -62,8 +65,16 @@ def compact(folder: Path, keys: Sequence[str]) -> int:
 def tidy(folder: Path, keys: Sequence[str]) -> None:
     """Keep the tail short: merge its small files into one, or spread it where it is long.
 
-    Nothing is merged where another commit comes in between.
+    Nothing is merged where another commit comes in between. What fails is logged only: the rows are
+    stored, and another commit tries again.
     """
+    try:
+        _tidy(folder, keys)
+    except Exception:
+        logger.exception("the small files of %s are not merged", folder)
+
+
+def _tidy(folder: Path, keys: Sequence[str]) -> None:
     table = delta_log.open_table(folder)
     files = [file for file in delta_log.files_of(table) if file.bucket == TAIL]
     if _rows(files) > TAIL_ROWS:

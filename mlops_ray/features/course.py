@@ -63,6 +63,8 @@ class Course:
         self.stale = self._is_stale()
         self.fresh: pa.Table | None = None
         self._pending: list[pa.Table] = []
+        self._unseen: list[pa.Table] = []
+        self._filling = self._stored_filling()
         self._limit_us: int | None = None
         self._stream: Stream | None = None
         if self.done_us is not None:
@@ -102,14 +104,21 @@ class Course:
         if rows.num_rows:
             self.fresh = rows
             self._pending.append(rows)
+            self._unseen.append(rows)
         return made + int(rows.num_rows)
 
+    def go_on_online(self) -> None:
+        """Catch up where another process filled the view anew: without what is not committed."""
+        if not self.stale and self.done_us is not None and self._filling != self._stored_filling():
+            self.catch_up()
+
     def write_online(self) -> None:
-        """Let what was made last be seen online."""
+        """Let what was made and is not online yet be seen there."""
         if self.stale or self.done_us is None:
             return
-        if self.fresh is not None:
-            self._online.write(self.name, self.fresh)
+        for rows in self._unseen:
+            self._online.write(self.name, rows)
+        self._unseen.clear()
         self.move_cursor()
 
     def commit(self) -> bool:
@@ -125,16 +134,25 @@ class Course:
         ours = self.version == before + 1 and stored_us == self.done_us
         return ours and not self.stale
 
-    def move_cursor(self) -> None:
-        """Say that the online store has all rows of the version and up to where this course is."""
-        cursor = Cursor(self._table_id, self.version, self.done_us, self._generation)
-        self._online.move_cursor(self.name, cursor)
+    def move_cursor(self) -> bool:
+        """Say that the online store has all rows of the version and up to where this course is.
+
+        Returns whether it has: another process may have filled the view anew.
+        """
+        cursor = Cursor(self._table_id, self.version, self.done_us, self._generation, self._filling)
+        return self._online.move_cursor(self.name, cursor)
 
     def catch_up(self) -> None:
         """Bring the online store up to the offline one."""
         materialize_view(self._offline, self._online, self.name, self._generation)
-        self._stand_at(self._offline.version(self.name))
+        cursor = self._online.cursor(self.name) or Cursor()
+        self._stand_at(cursor.version)
         self.stale = False
+        self._unseen = list(self._pending)
+        self._filling = cursor.filling
+
+    def _stored_filling(self) -> str:
+        return (self._online.cursor(self.name) or Cursor()).filling
 
     def _stand_at(self, version: int) -> None:
         self.version = version

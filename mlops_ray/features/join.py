@@ -52,6 +52,8 @@ class Job:
             for file in self.files
             if file.overlaps(*span)
         ]
+        # Whether the tail comes before or after files does not matter: rows of two commits never have
+        # equal created times, and one commit writes only one of both.
         if self.tail.num_rows:
             parts.append(TablePart(self.tail, self.keys))
         fill_from(parts, asked, self.rule, self.fields, columns, places)

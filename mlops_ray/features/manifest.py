@@ -123,7 +123,5 @@ def pinned_versions(root: Path, view: str, table: str) -> set[int]:
     """Return the versions of a view's Delta table of that id that manifests pin."""
     pins = (manifest.views.get(view) for manifest in list_manifests(root).values())
     return {
-        pin.version
-        for pin in pins
-        if pin is not None and pin.table == table and pin.version >= 0
+        pin.version for pin in pins if pin is not None and pin.table == table and pin.version >= 0
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -17,7 +18,7 @@ def materialize_view(
     offline: OfflineStore,
     online: OnlineStore,
     view: str,
-    generation: str = "",
+    generation: str | None = None,
     *,
     full: bool = False,
 ) -> int:
@@ -32,30 +33,46 @@ def materialize_view(
         offline: Where the rows are.
         online: Where the newest of each entity go, open for writing.
         view: The view's name.
-        generation: Of the rows: what ``code_digest_of`` says.
+        generation: Of the rows: what ``code_digest_of`` says. None takes whichever is stored.
         full: Fill the view anew in any case.
 
     Raises:
-        FeatureStoreError: One of the stores cannot be read or written.
+        FeatureStoreError: One of the stores cannot be read or written, or the stored rows are of
+            another generation.
     """
     upto = offline.version(view)
     if upto < 0:
         return 0
-    watermark_us = offline.watermark(view, upto, generation)
-    target = Cursor(offline.table_id(view), upto, watermark_us, generation)
+    target = _target(offline, view, upto, generation)
     cursor = online.cursor(view)
     known = cursor is not None and cursor.table == target.table and cursor.version <= upto
     if cursor is not None and known and not full:
         with suppress(_ChangesLostError):
             changes = _changes(offline, view, cursor.version, upto)
             written = sum(online.write(view, rows) for rows in changes)
-            if cursor != target:
-                online.move_cursor(view, target)
+            target = replace(target, filling=cursor.filling)
+            if cursor != target and not online.move_cursor(view, target):
+                # Another process filled the view anew meanwhile, perhaps without these rows.
+                return written + materialize_view(offline, online, view, generation)
             online.flush()
             return written
     written = online.replace(view, _rows(offline, view, upto), target)
     online.flush()
     return written
+
+
+def _target(offline: OfflineStore, view: str, upto: int, generation: str | None) -> Cursor:
+    table = offline.table_id(view)
+    if generation is None:
+        return Cursor(table, upto, None, offline.generation(view, upto))
+    watermark_us = offline.watermark(view, upto, generation)
+    if watermark_us is None:
+        raise FeatureStoreError(
+            f"the rows of view {view!r} were not made by its present code",
+            where=str(offline.path(view)),
+            fix="run the features workflow: it makes them anew",
+        )
+    return Cursor(table, upto, watermark_us, generation)
 
 
 class _ChangesLostError(Exception):

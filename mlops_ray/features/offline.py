@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +30,6 @@ from mlops_ray.features.scan import scan_files
 
 if TYPE_CHECKING:
     import ray.data
-
-logger = logging.getLogger(__name__)
 
 _DIGEST_LETTERS = 16
 _ATTEMPTS = 5
@@ -67,7 +64,8 @@ class OfflineStore:
 
     def path(self, view: str) -> Path:
         """Return the folder of a view's table; it may not be there yet."""
-        return _folder(self.root, define(self._features, view))
+        definition = define(self._features, view)
+        return self.root / view / definition.digest[:_DIGEST_LETTERS]
 
     def append(
         self,
@@ -109,10 +107,7 @@ class OfflineStore:
 
         version = _try(once, attempts)
         if version and version % _TIDY_EVERY == 0:
-            try:
-                compaction.tidy(self.path(view), [*definition.keys])
-            except Exception:
-                logger.exception("the rows of view %s are stored, but not compacted", view)
+            compaction.tidy(self.path(view), [*definition.keys])
         return version
 
     def write_bucket(self, view: str, bucket: int, rows: pa.Table) -> WrittenFile:
@@ -386,10 +381,6 @@ class OfflineStore:
 
     def _open(self, view: str, version: int | None = None) -> Any:
         return delta_log.open_table(self.path(view), version)
-
-
-def _folder(root: Path, definition: ViewDefinition) -> Path:
-    return root / definition.name / definition.digest[:_DIGEST_LETTERS]
 
 
 def _span(since: datetime | None, until: datetime | None) -> tuple[int | None, int | None]:

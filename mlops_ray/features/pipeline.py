@@ -97,6 +97,8 @@ class FeaturePipeline:
         """
         until_us = to_us(until)
         made = sum(course.advance(until_us) for course in self._courses.values())
+        for course in self._courses.values():
+            course.go_on_online()
         with self._online.batch():
             for course in self._courses.values():
                 course.write_online()
@@ -121,11 +123,7 @@ class FeaturePipeline:
         due = [course for course in self._courses.values() if course.is_due]
         with ThreadPoolExecutor(max_workers=max(1, len(due))) as pool:
             ours = list(pool.map(Course.commit, due))
-        with self._online.batch():
-            for course, own in zip(due, ours, strict=True):
-                if own:
-                    course.move_cursor()
         for course, own in zip(due, ours, strict=True):
-            if not own:
+            if not (own and course.move_cursor()):
                 course.catch_up()
         return self.versions

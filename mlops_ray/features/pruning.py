@@ -12,6 +12,7 @@ from mlops_ray.config.features import Features
 from mlops_ray.features.applied import APPLIED
 from mlops_ray.features.manifest import list_manifests
 from mlops_ray.features.offline import OfflineStore
+from mlops_ray.features.online import OnlineStore
 
 Fate = Literal["removed", "would be removed", "pinned by a manifest"]
 
@@ -25,12 +26,21 @@ class Leftover(Frozen):
     fate: Fate
 
 
-def prune(features: Features, store: OfflineStore, *, dry_run: bool) -> list[Leftover]:
+def prune(
+    features: Features,
+    store: OfflineStore,
+    online: OnlineStore | None = None,
+    *,
+    dry_run: bool,
+) -> list[Leftover]:
     """Remove the tables of views and definitions that are not declared any more; return them.
 
     What a training manifest pins stays. So do the tables of a view whose present definition has no
-    table yet: they are what is served.
+    table yet: they are what is served. Where ``online`` is given, its rows of such definitions go
+    with them; no manifest needs those.
     """
+    if online is not None and not dry_run:
+        online.drop_undeclared()
     found = [_leftover(store.root, folder, dry_run) for folder in _undeclared(features, store)]
     for item in found:
         if item.fate == "removed":

@@ -226,8 +226,10 @@ def check_parity(
 
 
 def rebuild_online(context: Context, features: Features) -> dict[str, int]:
-    """Fill the online store anew from the offline one, each view at once; return the rows by view."""
+    """Fill the online store anew from the offline one, each view at once; return the rows by view.
 
+    Rows that a writer has online and not yet offline are gone until it goes on: it then notices.
+    """
     store = open_offline(context, features)
     online = open_online(features, context.home.online(context.project), context.project)
     return {

@@ -58,14 +58,14 @@ class FeatureStore:
         self.project = project
         self.offline = OfflineStore(home.offline(project), features)
 
-    def online(self) -> OnlineStore:
-        """Open the online store for reading.
+    def online(self, readonly: bool = True) -> OnlineStore:
+        """Open the online store, for reading or also for writing.
 
         Raises:
-            FeatureStoreError: There is none yet, or it cannot be reached.
+            FeatureStoreError: There is none to read, or it cannot be reached.
         """
         folder = self.home.online(self.project)
-        return open_online(self.features, folder, self.project, readonly=True)
+        return open_online(self.features, folder, self.project, readonly)
 
     def plan(self) -> FeaturePlan:
         """Return the difference between the definitions and the store."""

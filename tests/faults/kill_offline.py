@@ -116,6 +116,8 @@ def _pin(store: OfflineStore, version: int) -> None:
         table=store.table_id(VIEW),
         version=version,
         generation="",
+        ttl_us=None,
+        features={},
     )
     manifest = TrainingManifest(
         service="faults",

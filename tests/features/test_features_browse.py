@@ -207,6 +207,8 @@ def test_prune_removes_what_nothing_declares_or_pins(
         table=store.table_id("typed"),
         version=0,
         generation="",
+        ttl_us=None,
+        features={},
     )
     manifest = TrainingManifest(
         service="buys", labels="0", views={"typed": pin}, until=None,

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlops_ray.errors import SchemaError
-from mlops_ray.features.columns import encode, key_columns
+from mlops_ray.features.columns import (
+    INSTANT,
+    encode,
+    key_columns,
+    normalise_instants,
+    to_instants,
+)
 
 
 @settings(deadline=None)
@@ -34,3 +42,20 @@ def test_codes_number_the_distinct_keys_by_appearance(rows: list) -> None:
 def test_a_key_column_of_another_type_is_named() -> None:
     with pytest.raises(SchemaError, match="'a' has the wrong type: expected string, found int64"):
         key_columns(pa.table({"a": [1]}), {"a": "string"}, "views.v")
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_instants_of_the_hour_that_a_zone_has_twice(unit: str) -> None:
+    moments = [datetime(2023, 10, 29, 0, 30, tzinfo=UTC), datetime(2023, 10, 29, 1, 30, tzinfo=UTC)]
+    local = pa.chunked_array([pa.array(moments, pa.timestamp(unit, "Europe/Berlin"))])
+    assert to_instants(local, "at").to_pylist() == moments
+    normal = normalise_instants(pa.table({"at": local}))
+    assert normal.schema.field("at").type == INSTANT
+    assert normal["at"].to_pylist() == moments
+
+
+def test_what_is_finer_than_a_microsecond_is_cut_off_towards_the_past() -> None:
+    for zone in (None, "UTC", "Europe/Berlin"):
+        values = pa.array([1999, -1], pa.int64()).cast(pa.timestamp("ns", zone))
+        cut = to_instants(pa.chunked_array([values]), "at").cast(pa.int64())
+        assert cut.to_pylist() == [1, -1]

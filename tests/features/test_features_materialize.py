@@ -13,9 +13,11 @@ from features.online_samples import Opener, declare, get, open_store, redis_serv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.materialize import materialize_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import NOT_FOUND, PRESENT, OnlineStore
+from mlops_ray.features.pruning import prune
 
 __all__ = ["open_store", "redis_server"]
 
@@ -40,7 +42,7 @@ def test_full_then_by_commit(offline: OfflineStore, open_store: Opener) -> None:
     assert materialize_view(offline, store, "thing") == 0
     assert store.cursor("thing") is None
     append(offline, 20, row(5, 10, price=1.0), row(6, 20, price=2.0), row(7, key=("north", 2)))
-    assert materialize_view(offline, store, "thing") == 2
+    assert materialize_view(offline, store, "thing", "") == 2
     assert price(store) == 2.0
     cursor = store.cursor("thing")
     assert cursor is not None
@@ -208,3 +210,64 @@ def test_more_rows_than_fit_into_a_batch(offline: OfflineStore, open_store: Open
     assert materialize_view(offline, store, "plain") >= np.isfinite(newest).sum()
     found, _ = store.read_matrix("plain", [np.arange(things)], np.full(things, 10**8))
     np.testing.assert_array_equal(found[:, 0], newest)
+
+
+def test_rows_of_another_generation_are_not_taken_for_those_asked_for(
+    offline: OfflineStore, open_store: Opener
+) -> None:
+    store = open_store(FEATURES)
+    append(offline, 20, row(5, price=1.0), generation="old")
+    for full in (False, True):
+        with pytest.raises(FeatureStoreError, match="not made by its present code"):
+            materialize_view(offline, store, "thing", "new", full=full)
+    assert store.cursor("thing") is None
+    assert materialize_view(offline, store, "thing") == 1
+    first = store.cursor("thing")
+    append(offline, 20, row(5, price=2.0), generation="new")
+    materialize_view(offline, store, "thing")
+    assert price(store) == 2.0
+    second = store.cursor("thing")
+    assert first is not None
+    assert second is not None
+    assert first.generation != second.generation
+
+
+def test_a_view_that_is_filled_anew_meanwhile_gets_the_rows_once_more(
+    offline: OfflineStore, open_store: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = open_store(FEATURES), open_store(FEATURES)
+    append(offline, 1, row(1, price=1.0))
+    materialize_view(offline, store, "thing")
+    before = store.cursor("thing")
+    assert before is not None
+    old = offline.read("thing")
+    append(offline, 2, row(2, price=2.0), row(2, key=("north", 2), price=2.0))
+    write, fills = type(store).write, [before]
+
+    def then_replaced(self: Any, view: str, rows: pa.Table) -> int:
+        written: int = write(self, view, rows)
+        if fills:
+            other.replace(view, [old], fills.pop())
+        return written
+
+    monkeypatch.setattr(type(store), "write", then_replaced)
+    materialize_view(offline, store, "thing")
+    assert (price(store), price(store, 2)) == (2.0, 2.0)
+    cursor = store.cursor("thing")
+    assert cursor is not None
+    assert cursor.version == 1
+
+
+def test_prune_takes_the_online_rows_along(offline: OfflineStore, open_store: Opener) -> None:
+    view = FEATURES.views["thing"].model_copy(update={"version": 2})
+    newer = FEATURES.model_copy(update={"views": FEATURES.views | {"thing": view}})
+    old, new = open_store(FEATURES), open_store(newer)
+    append(offline, 1, row(1))
+    materialize_view(offline, old, "thing")
+    after = OfflineStore(offline.root, newer)
+    append(after, 1, row(1))
+    materialize_view(after, new, "thing")
+    for dry_run, status in ((True, PRESENT), (False, NOT_FOUND)):
+        assert [left.view for left in prune(newer, after, new, dry_run=dry_run)] == ["thing"]
+        assert get(old, 9)[1] == [status] * 6
+        assert get(new, 9)[1] == [PRESENT] * 6

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
-from mlops_ray.features import files, intake
+from mlops_ray.features import compaction, files, intake
 from mlops_ray.features.columns import to_us
 from mlops_ray.features.definitions import define
 from mlops_ray.features.files import TAIL, buckets_of
+from mlops_ray.features.join import join_view
 from mlops_ray.features.offline import OfflineStore
 
 
@@ -485,6 +486,8 @@ def pin(store: OfflineStore, shop: SimpleNamespace, version: int) -> str:
         table=store.table_id("price"),
         version=version,
         generation="",
+        ttl_us=None,
+        features={},
     )
     manifest = TrainingManifest(
         service="buys",
@@ -612,3 +615,151 @@ def test_any_reader_of_delta_sees_the_same_rows(store: OfflineStore, shop: Simpl
     ours = store.read("price", since=since, until=until).sort_by("price")
     assert 100 < ours.num_rows < 400
     assert theirs.select(ours.column_names).cast(ours.schema).equals(ours)
+
+
+def test_a_row_created_after_the_watermark_is_refused(
+    store: OfflineStore, shop: SimpleNamespace
+) -> None:
+    append(store, shop, [1], 1)
+    with pytest.raises(FeatureStoreError, match="3600000000 µs after the watermark"):
+        append(store, shop, [2, 3], 2)
+    written = store.write_bucket("price", 0, price_rows(shop, [2, 3]))
+    with pytest.raises(FeatureStoreError, match="3600000000 µs after the watermark") as caught:
+        store.commit("price", [written], to_us(shop.hour(2)))
+    assert written.path in (caught.value.where or "")
+    assert store.version("price") == 0
+    append(store, shop, [2, 3], 3)
+    assert store.read("price").num_rows == 3
+
+
+def test_a_negative_version_is_not_there(store: OfflineStore, shop: SimpleNamespace) -> None:
+    append(store, shop, [1], 1)
+    for read in (store.read, store.watermark, store.generation):
+        with pytest.raises(FeatureStoreError, match="no version -2"):
+            read("price", -2)
+
+
+@pytest.mark.usefixtures("small_tail")
+def test_the_tail_stays_short_while_rows_are_appended(
+    store: OfflineStore, shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlops_ray.features.offline._TIDY_EVERY", 4)
+    for hour in range(1, 34):
+        store.append("price", many_rows(shop, 40, hour), to_us(shop.hour(hour)))
+        tail = [file for file in store.files("price") if file.bucket == TAIL]
+        assert max((file.rows for file in tail), default=0) <= compaction.TAIL_ROWS
+        assert sum(file.rows for file in tail) <= compaction.TAIL_ROWS + 4 * 40
+    assert prices_of(store) == sorted(n + hour * 1e6 for hour in range(1, 34) for n in range(40))
+
+
+def test_what_is_stored_is_stored_though_tidying_fails(
+    store: OfflineStore, shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("mlops_ray.features.offline._TIDY_EVERY", 2)
+    monkeypatch.setattr("mlops_ray.features.compaction.write_file", full)
+    assert [append(store, shop, [hour], hour) for hour in range(1, 6)] == [0, 1, 2, 3, 4]
+    assert store.read("price").num_rows == 5
+
+
+def test_a_table_that_was_removed_meanwhile_is_noticed(
+    store: OfflineStore, shop: SimpleNamespace
+) -> None:
+    import shutil
+
+    for hour in range(1, 4):
+        append(store, shop, [hour], hour)
+    shutil.rmtree(store.path("price"))
+    other = OfflineStore(store.root, shop.features)
+    for hour in range(11, 17):
+        append(other, shop, [hour], hour)
+    with pytest.raises(FeatureStoreError, match="removed meanwhile"):
+        append(store, shop, [20], 20)
+    assert other.read("price").num_rows == 6
+    store.append("price", price_rows(shop, [30]), to_us(shop.hour(30)), "other code")
+    assert store.read("price")["created_time"].to_pylist() == [shop.hour(30)]
+
+
+def test_who_reads_the_watermark_of_a_remade_table_goes_on_from_it(
+    store: OfflineStore, shop: SimpleNamespace
+) -> None:
+    import shutil
+
+    append(store, shop, [1, 2, 3], 3)
+    shutil.rmtree(store.path("price"))
+    append(OfflineStore(store.root, shop.features), shop, [1], 1)
+    assert store.watermark("price") == to_us(shop.hour(1))
+    append(store, shop, [1, 2, 3], 3)
+    assert store.read("price").num_rows == 3
+
+
+@pytest.mark.usefixtures("small_tail")
+def test_compaction_does_not_change_which_of_equal_rows_counts(
+    store: OfflineStore, shop: SimpleNamespace
+) -> None:
+    """Of one commit's files the last one's row counts, also when only others are small."""
+    [bucket] = set(buckets_of(price_rows(shop, [1]), ["shop", "shelf"], store.buckets("price")))
+    first = store.write_bucket("price", int(bucket), price_rows(shop, [1], 1.0))
+    last = pa.concat_tables([price_rows(shop, [1], 2.0), price_rows(shop, [2] * 60, 3.0)])
+    second = store.write_bucket("price", int(bucket), last)
+    store.commit("price", [first, second], to_us(shop.hour(2)))
+    third = store.write_bucket("price", int(bucket), price_rows(shop, [5]))
+    store.commit("price", [third], to_us(shop.hour(5)))
+    labels = pa.table({"shop": ["north"], "shelf": [1], "at": [shop.hour(1)]})
+    before = join_view(shop.features, "price", labels, "at", store)["price__price"].to_pylist()
+    version = store.version("price")
+    assert store.compact("price") == version + 1
+    after = join_view(shop.features, "price", labels, "at", store)["price__price"].to_pylist()
+    assert before == after == [2.0]
+
+
+def test_a_file_is_on_disk_before_a_commit_names_it(
+    store: OfflineStore, shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def note(number: int) -> None:
+        synced.add(os.fstat(number).st_ino)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", note)
+    append(store, shop, [1], 1)
+    [file] = store.files("price")
+    path = store.path("price") / file.path
+    assert {path.stat().st_ino, path.parent.stat().st_ino} <= synced
+
+
+def test_a_pin_of_a_table_that_was_removed_does_not_hinder_vacuum(
+    store: OfflineStore, shop: SimpleNamespace
+) -> None:
+    import shutil
+
+    for hour in range(1, 5):
+        append(store, shop, [hour], hour)
+    pin(store, shop, 3)
+    shutil.rmtree(store.path("price"))
+    other = OfflineStore(store.root, shop.features)
+    append(other, shop, [1], 1)
+    assert other.vacuum("price", retention=timedelta(0)) == []
+
+
+def test_streamed_rows_are_written_a_bounded_number_at_a_time(
+    store: OfflineStore, shop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "_BUFFER_ROWS", 100)
+    written: list[int] = []
+    plain = intake.by_bucket
+
+    def note(rows: pa.Table, keys: Any, count: int) -> Any:
+        written.append(rows.num_rows)
+        return plain(rows, keys, count)
+
+    monkeypatch.setattr(intake, "by_bucket", note)
+    parts = (many_rows(shop, 30, hour) for hour in range(1, 12))
+    store.append("price", parts, to_us(shop.hour(11)))
+    assert written == [120, 120, 90]

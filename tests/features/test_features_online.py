@@ -7,6 +7,9 @@ import math
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -355,7 +358,10 @@ def test_a_replacement_is_seen_at_its_end(open_store: Opener) -> None:
     assert get(reader, 1000)[0]["price"] == 7.0
     assert get(reader, 1000, ("gone", 1))[1] == [NOT_FOUND] * COUNT
     assert get(reader, 1000, ("new", 1))[1] == [PRESENT] * COUNT
-    assert reader.cursor("thing") == cursor
+    filled = reader.cursor("thing")
+    assert filled is not None
+    assert replace(filled, filling="") == cursor
+    assert filled.filling
     store.replace("thing", [], Cursor("t", 2))
     assert get(reader, 1000)[1] == [NOT_FOUND] * COUNT
 
@@ -475,3 +481,119 @@ def test_errors(open_store: Opener) -> None:
     ):
         with pytest.raises(FeatureStoreError, match="open for reading"):
             change()
+
+
+def test_a_cursor_stays_when_the_rows_that_it_speaks_of_were_replaced(open_store: Opener) -> None:
+    store, other = open_store(FEATURES), open_store(FEATURES)
+    assert store.move_cursor("thing", Cursor("t", 1, 5, "g"))
+    mine = store.cursor("thing")
+    assert mine is not None
+    # The same cursor again, yet other rows.
+    other.replace("thing", [], mine)
+    filled = store.cursor("thing")
+    assert not store.move_cursor("thing", replace(mine, version=2))
+    assert store.cursor("thing") == filled
+    assert filled is not None
+    assert store.move_cursor("thing", replace(filled, version=2))
+    with store.batch():
+        store.move_cursor("thing", replace(filled, version=3))
+        store.move_cursor("thing", replace(filled, version=4))
+    assert store.cursor("thing") == replace(filled, version=4)
+    store.clear()
+    assert not store.move_cursor("thing", replace(filled, version=5))
+    assert store.cursor("thing") is None
+
+
+def test_a_view_is_not_replaced_inside_a_batch(open_store: Opener) -> None:
+    store = open_store(FEATURES)
+    put(store, FEATURES, row(1, price=2.0))
+    with pytest.raises(FeatureStoreError, match="inside a batch"), store.batch():
+        store.replace("thing", [], Cursor())
+    assert get(store, 9)[0]["price"] == 2.0
+
+
+def test_a_batch_is_of_one_thread(open_store: Opener) -> None:
+    store = open_store(FEATURES)
+    inside, other_done = threading.Event(), threading.Event()
+
+    def fails() -> None:
+        with store.batch():
+            put(store, FEATURES, row(1, key=("batch", 1)))
+            inside.set()
+            # A store with one writer at a time lets the other wait until this ends.
+            other_done.wait(0.3)
+            raise KeyError
+
+    def writes() -> int:
+        inside.wait(10)
+        written = put(store, FEATURES, row(1, key=("other", 1)))
+        other_done.set()
+        return written
+
+    with ThreadPoolExecutor(2) as pool:
+        failing, writing = pool.submit(fails), pool.submit(writes)
+        assert writing.result(30) == 1
+        with pytest.raises(KeyError):
+            failing.result(30)
+    assert get(store, 9, ("batch", 1))[1] == [NOT_FOUND] * COUNT
+    assert get(store, 9, ("other", 1))[1] == [PRESENT] * COUNT
+
+
+def test_rows_of_an_older_layout_cost_one_look_up(
+    open_store: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = declare({"price": "float"}), declare({"price": "float", "stock": "int"})
+    put(open_store(old), old, *(row(1, key=("a", shelf), price=float(shelf)) for shelf in range(9)))
+    store, asked = open_store(new), []
+    look_up = type(store)._layout_of
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        asked.append(arguments)
+        return look_up(self, *arguments)
+
+    monkeypatch.setattr(type(store), "_layout_of", counted)
+    reader = store.reader(["thing"])
+    for _ in range(2):
+        matrix, _ = reader.read([keys(*(("a", shelf) for shelf in range(9)))], np.full(9, 5))
+        assert matrix[:, 0].tolist() == [float(shelf) for shelf in range(9)]
+    assert len(asked) == 1
+
+
+def _raised(features: Any, version: int) -> Any:
+    view = features.views["thing"].model_copy(update={"version": version})
+    return features.model_copy(update={"views": features.views | {"thing": view}})
+
+
+def test_rows_that_are_not_declared_can_be_dropped(open_store: Opener) -> None:
+    versions = [FEATURES, _raised(FEATURES, 2), _raised(FEATURES, 3)]
+    stores = [open_store(features) for features in versions]
+    other = open_store(FEATURES, "other")
+    for each, features in ((stores[0], FEATURES), (stores[1], versions[1]), (other, FEATURES)):
+        each.replace("thing", [table(features, "thing", [row(1)])], Cursor("t", 1))
+        name = table(features, "name", [{"shop": "a", "event_time": 1, "created_time": 1}])
+        each.write("name", name)
+    # The third definition has no rows yet: the others may still be served.
+    stores[2].drop_undeclared()
+    assert [get(store, 9)[1][0] for store in stores] == [PRESENT, PRESENT, NOT_FOUND]
+    stores[2].move_cursor("thing", Cursor("u", 0))
+    put(stores[2], versions[2], row(1))
+    stores[2].drop_undeclared()
+    assert [get(store, 9)[1][0] for store in stores] == [NOT_FOUND, NOT_FOUND, PRESENT]
+    assert [store.cursor("thing") is None for store in stores] == [True, True, False]
+    asked = [np.array(["a"], object)]
+    assert stores[0].read_matrix("name", asked, np.array([1]))[1].shape == (1, 0)
+    assert stores[2].reader(["name"]).read_table([asked], np.array([1]))[1][0, 0] == NULL
+    gone = {name: view for name, view in FEATURES.views.items() if name != "name"}
+    open_store(FEATURES.model_copy(update={"views": gone})).drop_undeclared()
+    assert stores[2].reader(["name"]).read_table([asked], np.array([1]))[1][0, 0] == NOT_FOUND
+    assert get(other, 9)[1] == [PRESENT] * COUNT
+
+
+def test_keys_that_no_row_can_have_are_not_found(open_store: Opener) -> None:
+    store = open_store(FEATURES)
+    put(store, FEATURES, row(1))
+    objects = [np.array(["north", "\ud800"], object), np.array([np.int64(1), 1], object)]
+    _, statuses = store.read_matrix("thing", objects, np.array([5, 5]))
+    assert statuses[:, 0].tolist() == [PRESENT, NOT_FOUND]
+    with pytest.raises(FeatureStoreError, match="needs a view"):
+        store.reader([])

@@ -44,6 +44,11 @@ def test_keys_are_typed_and_unambiguous() -> None:
     whole = encode_keys(b"p", [objects(["a", None, "b"]), objects([1, 2, None])])
     assert whole == [encode_keys(b"p", [objects(["a"]), np.array([1])])[0], None, None]
     assert encode_keys(b"p", [np.array([np.nan])]) == [None]
+    assert encode_keys(b"p", [objects(["\ud800", np.str_("a")])]) == [
+        None, *encode_keys(b"p", [objects(["a"])]),
+    ]  # fmt: skip
+    for whole in (np.int64(7), np.int8(7), np.uint64(7)):
+        assert encode_keys(b"p", [objects([whole])]) == encode_keys(b"p", [np.array([7])])
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,6 +70,12 @@ def test_arrow_columns_give_the_same_bytes_and_no_two_keys_are_equal(
 
 
 def test_other_types_are_refused() -> None:
-    for column in (np.array([1.5]), np.array([True]), objects([2**63]), objects([b"x"])):
+    for column in (
+        np.array([1.5]),
+        np.array([True]),
+        objects([2**63]),
+        objects([np.bool_(1)]),
+        objects([b"x"]),
+    ):
         with pytest.raises(FeatureStoreError, match="a string or a whole number of 64 bits"):
             encode_keys(b"", [column])

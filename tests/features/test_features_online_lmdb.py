@@ -104,3 +104,19 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FeatureStoreError, match="cannot be opened") as caught:
         open_online(FEATURES, tmp_path, "p")
     assert isinstance(caught.value.__cause__, lmdb.Error)
+
+
+def test_opening_for_writing_ends_no_read_of_the_process(tmp_path: Path) -> None:
+    made, folder = tmp_path / "made", tmp_path / "copied"
+    put(open_online(FEATURES, made, "p"), FEATURES, row(100, price=1.0))
+    # So that this process has not opened it for writing.
+    shutil.copytree(made, folder)
+    reader = open_online(FEATURES, folder, "p", readonly=True)
+    reading = reader._environment.lmdb.begin()  # type: ignore[attr-defined]
+    put(open_online(FEATURES, folder, "p"), FEATURES, row(101, price=2.0))
+    assert reading.stat()["entries"] == 2
+    assert get(reader, 1000)[0]["price"] == 2.0
+    shutil.rmtree(folder)
+    open_online(FEATURES, folder, "p")
+    assert reading.stat()["entries"] == 2
+    assert get(reader, 1000)[1] == ABSENT

@@ -146,7 +146,9 @@ def test_of_two_replacements_the_later_stands(server: RedisServer) -> None:
     with pytest.raises(FeatureStoreError, match="another process fills view 'thing'"):
         store.replace("thing", tables(), Cursor("t", 1))
     assert get(store, 1000)[0]["price"] == 1.0
-    assert store.cursor("thing") == Cursor("t", 2)
+    cursor = store.cursor("thing")
+    assert cursor is not None
+    assert (cursor.table, cursor.version) == ("t", 2)
 
 
 def test_a_cleared_or_replaced_project_leaves_no_key_behind(server: RedisServer) -> None:
@@ -221,3 +223,72 @@ def test_many_threads_read_and_write_at_once(server: RedisServer) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
+
+
+def test_a_refusal_is_an_error_also_where_reads_may_do_without_a_server(
+    server: RedisServer,
+) -> None:
+    import redis
+
+    features = declared(server, on_failure="missing")
+    put(opened(features), features, row(100))
+    raw = redis.Redis(port=server.port)
+    raw.config_set("requirepass", "secret")
+    with pytest.raises(FeatureStoreError, match=r"(?s)refused the user.*user:password@"):
+        get(opened(features), 200)
+    wrong = declare(
+        store="redis", url=f"redis://:wrong@127.0.0.1:{server.port}", on_failure="missing"
+    )
+    with pytest.raises(FeatureStoreError, match="refused the user"):
+        get(opened(wrong), 200)
+    raw.auth("secret")
+    raw.config_set("requirepass", "")
+    raw.set(raw.keys("p:thing:*")[0], b"text")
+    with pytest.raises(FeatureStoreError, match="WRONGTYPE"):
+        get(opened(features), 200)
+
+
+def test_a_server_that_goes_between_rows_and_their_layout(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = declared(server)
+    put(opened(old), old, row(100))
+    new = declare({**TYPED, "more": "int"}, store="redis", url=server.url, on_failure="missing")
+    store = opened(new)
+    fetch = type(store)._get  # type: ignore[attr-defined]
+
+    def last_answer(self: Any, *arguments: Any) -> Any:
+        found = fetch(self, *arguments)
+        server.stop(hard=True)
+        return found
+
+    monkeypatch.setattr(type(store), "_get", last_answer)
+    reader = store.reader(["thing"])
+    for _ in range(2):
+        assert (reader.read([keys(("north", 1))], np.array([200]))[1] == NOT_FOUND).all()
+    server.start()
+    with pytest.raises(FeatureStoreError, match="does not answer"):
+        get(opened(declare({**TYPED, "more": "int"}, store="redis", url=server.url)), 200)
+
+
+def test_a_cursor_that_moves_meanwhile_is_not_moved_back(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = declared(server)
+    store, other = opened(features), opened(features)
+    store.move_cursor("thing", Cursor("t", 5, 5))
+    read = type(store)._cursor_content  # type: ignore[attr-defined]
+    late = [Cursor("t", 9, 9)]
+
+    def then_moved(self: Any, view: str) -> bytes:
+        content: bytes = read(self, view)
+        if late and self is store:
+            other.move_cursor(view, late.pop())
+        return content
+
+    monkeypatch.setattr(type(store), "_cursor_content", then_moved)
+    assert store.move_cursor("thing", Cursor("t", 6, 6))
+    assert store.cursor("thing") == Cursor("t", 9, 9)
+    other.replace("thing", [], Cursor("t", 9))
+    late.append(Cursor("t", 10))
+    assert not store.move_cursor("thing", Cursor("t", 11))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,13 @@ import pytest
 
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
-from mlops_ray.features import join
+from mlops_ray.features import join, reproduction
 from mlops_ray.features.columns import to_us
 from mlops_ray.features.definitions import define
-from mlops_ray.features.manifest import list_manifests, read_manifest, unpin
+from mlops_ray.features.manifest import list_manifests, pinning, read_manifest, unpin
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.reproduction import digest_table, make_training_set, training_set_of
-from mlops_ray.features.training_set import build_training_set
+from mlops_ray.features.training_set import build_training_set, join_service
 from mlops_ray.metadata.types import FeatureVersions
 
 pytestmark = pytest.mark.usefixtures("shop_project")
@@ -143,6 +144,15 @@ def test_what_is_not_as_it_was_is_named(shop: SimpleNamespace, store: OfflineSto
     content = shop.features.model_dump(mode="json")
     content["offline"]["known_only"] = False
     refused("offline.known_only", Features.model_validate(content))
+    content = shop.features.model_dump(mode="json")
+    content["views"]["price"]["ttl"] = "6h"
+    refused("the TTL of view 'price' in µs", Features.model_validate(content))
+    content = shop.features.model_dump(mode="json")
+    content["views"]["price"]["columns"] = {"price": "float"}
+    refused("the features of view 'price'", Features.model_validate(content))
+    content = shop.features.model_dump(mode="json")
+    content["services"]["buys"]["views"] = ["price", "shop_visits"]
+    refused("the service's list of views", Features.model_validate(content))
     weight = visits.column_names.index("weight")
     changed = visits.set_column(weight, "weight", pa.nulls(visits.num_rows, pa.float64()))
     refused("the labels", table=changed)
@@ -199,3 +209,52 @@ def test_the_digest_of_a_table_is_that_of_its_values() -> None:
     others.append(table.set_column(2, "x", pa.array([0.0, None, None, -0.0])))
     others.append(table.set_column(2, "x", pa.array([0.0, float("nan"), None, 0.0])))
     assert len({digest, *map(digest_table, others)}) == 8
+
+
+def test_a_vacuum_beside_the_join_leaves_no_broken_manifest(
+    shop: SimpleNamespace, store: OfflineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = versions_of(store, shop)
+    store.compact("price")
+
+    def join_then_vacuum(*args: Any, **options: Any) -> pa.Table:
+        table = join_service(*args, **options)
+        assert OfflineStore(store.root, shop.features).vacuum("price", retention=timedelta(0))
+        return table
+
+    monkeypatch.setattr(reproduction, "join_service", join_then_vacuum)
+    with pytest.raises(FeatureStoreError, match="not there any more"):
+        make_training_set(shop.features, "buys", shop.tables["visits"], store, versions, None)
+    assert list_manifests(store.root) == {}
+
+
+def test_vacuum_waits_while_a_manifest_is_written(
+    shop: SimpleNamespace, store: OfflineStore
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with pinning(store.root):
+            waiting = pool.submit(store.vacuum, "price", retention=timedelta(0))
+            with pytest.raises(TimeoutError):
+                waiting.result(0.3)
+        assert waiting.result() == []
+
+
+def test_a_manifest_that_vanishes_meanwhile_is_not_listed(
+    shop: SimpleNamespace, store: OfflineStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_training_set(
+        shop.features, "buys", shop.tables["visits"], store, versions_of(store, shop), None
+    )
+    folder = store.root / "manifests"
+    monkeypatch.setattr(Path, "glob", lambda *_: [folder / "gone.json", folder / f"{name}.json"])
+    name = made.manifest.id
+    assert list(list_manifests(store.root)) == [name]
+
+
+def test_an_unknown_manifest_is_told_though_another_is_broken(store: OfflineStore) -> None:
+    folder = store.root / "manifests"
+    folder.mkdir()
+    (folder / "broken.json").write_text("{")
+    with pytest.raises(FeatureStoreError, match="no training manifest 'other'") as caught:
+        read_manifest(store.root, "other")
+    assert "broken" in (caught.value.fix or "")

@@ -13,7 +13,7 @@ from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import open_online
 from mlops_ray.features.pipeline import FeaturePipeline
 from mlops_ray.features.service import feature_columns
-from mlops_ray.features.training_set import build_training_set
+from mlops_ray.features.training_set import build_training_set, labelled_rows
 
 pytestmark = pytest.mark.usefixtures("shop_project")
 
@@ -178,3 +178,16 @@ def test_a_wrong_on_demand_function_is_named(
 def test_a_service_that_is_not_there(shop: SimpleNamespace) -> None:
     with pytest.raises(FeatureStoreError, match="no feature service 'sells'"):
         feature_columns(shop.features, "sells")
+
+
+def test_times_without_a_zone_are_utc(shop: SimpleNamespace) -> None:
+    visits, until = shop.tables["visits"], shop.hour(50)
+    naive = visits
+    for name in ("at", "label_known_at"):
+        place = visits.column_names.index(name)
+        naive = naive.set_column(place, name, visits[name].cast(pa.timestamp("us")))
+    rows, count = labelled_rows(naive, shop.features, until)
+    expected, counted = labelled_rows(visits, shop.features, until)
+    assert rows["visit"].to_pylist() == expected["visit"].to_pylist()
+    assert count == counted
+    assert count.unknown > 0

@@ -19,14 +19,23 @@ from mlops_ray.errors import FeatureStoreError
 Command = tuple[Any, ...]
 
 _IN_FLIGHT = 4
+_UNKNOWN_USER = (
+    redis.AuthenticationError,
+    redis.exceptions.AuthorizationError,
+    redis.exceptions.NoPermissionError,
+)
+
+
+class ServerGoneError(FeatureStoreError):
+    """A server does not answer. A refusal, also of a password, is no such error."""
 
 
 class RedisServer:
     """A Redis server behind connections that are used again, safe for threads.
 
     Commands are sent without redis-py's pool and command layer, which take longer than the server
-    does. Every method raises ``FeatureStoreError`` when the server does not answer
-    within ``timeout_s`` or refuses; what it did then is not known.
+    does. Every method raises ``FeatureStoreError`` when the server refuses, and ``ServerGoneError``
+    when it does not answer within ``timeout_s``; what it did then is not known.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -125,14 +134,26 @@ class RedisServer:
         return connection
 
     def _error(self, error: Exception) -> FeatureStoreError:
-        gone = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+        where, why = f"Redis at {self.address}", str(error)
+        if isinstance(error, _UNKNOWN_USER):
+            return FeatureStoreError(
+                "the online store refused the user",
+                where=where,
+                why=why,
+                fix="give one that may do this: features.online.url=redis://user:password@host:6379/0",
+            )
+        if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+            return ServerGoneError(
+                "the online store does not answer",
+                where=where,
+                why=why,
+                fix="see that the server runs and features.online.url is right; then run it again",
+            )
         return FeatureStoreError(
-            "the online store does not answer" if gone else "the online store refused a command",
-            where=f"Redis at {self.address}",
-            why=str(error),
-            fix="see that the server runs and features.online.url is right; then run it again"
-            if gone
-            else "see the server's log: it may be out of memory, or read-only",
+            "the online store refused a command",
+            where=where,
+            why=why,
+            fix="see the server's log: it may be out of memory, or read-only",
         )
 
 

@@ -28,7 +28,9 @@ _PART = np.dtype([("kind", "u1"), ("value", ">i8")])
 
 
 def encode_keys(prefix: bytes, columns: Sequence[NDArray[Any]]) -> list[bytes | None]:
-    """Return the bytes of each row's key behind ``prefix``, None where a part of it is null.
+    """Return the bytes of each row's key behind ``prefix``, None where no row can have it.
+
+    That is where a part of it is null, or a string that is no Unicode text (half a surrogate pair).
 
     A key that would be too long for a store is replaced by its BLAKE2b-256 digest.
 
@@ -108,9 +110,14 @@ def _whole_parts(column: NDArray[np.int64]) -> list[bytes]:
 
 
 def _part(value: Any) -> bytes | None:
-    if value.__class__ is str:
-        text = value.encode()
+    if isinstance(value, str):
+        try:
+            text = value.encode()
+        except UnicodeEncodeError:
+            return None
         return _LENGTH(b"s", len(text)) + text
+    if isinstance(value, np.integer):
+        value = int(value)
     if value.__class__ is int and -(2**63) <= value < 2**63:
         return _INTEGER(b"i", value)
     if value is None or value != value:

@@ -16,25 +16,19 @@ _MOST_READERS = 512
 
 
 class Environment:
-    """The LMDB environment of one folder in one process; it becomes writable when asked to."""
+    """The LMDB environment of one folder in one process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._writable = False
         self._file: tuple[int, int] | None = None
         self.lmdb: Any = None
 
     def open(self, readonly: bool) -> None:
         """Open it, or open it anew where the folder was removed and made again."""
-        current = self.lmdb is not None and self._file == _file_identity(self._path)
-        if current and (readonly or self._writable):
-            return
-        if self.lmdb is not None:
-            self.lmdb.close()
-            self.lmdb = None
-        self.lmdb = _open(self._path, readonly)
-        self._file = _file_identity(self._path)
-        self._writable = not readonly
+        if self.lmdb is None or self._file != _file_identity(self._path):
+            # The old one closes by itself, after the last read that is under way in it.
+            self.lmdb = _open(self._path, readonly)
+            self._file = _file_identity(self._path)
 
 
 def _file_identity(path: Path) -> tuple[int, int] | None:
@@ -51,7 +45,7 @@ _opening = threading.Lock()
 
 
 def environment_of(path: Path, readonly: bool) -> Environment:
-    """Return the environment of a folder, open for reading or also for writing.
+    """Return the environment of a folder; ``readonly`` says that it has to be there already.
 
     Raises:
         FeatureStoreError: There is none to read, or it cannot be opened.
@@ -71,11 +65,13 @@ def _open(path: Path, readonly: bool) -> Any:
             fix="run the features workflow first: it fills the store",
         )
     path.mkdir(parents=True, exist_ok=True)
+    # It could not become writable later: that would end it under the process's readers.
+    writable = not readonly or os.access(path / "data.mdb", os.W_OK)
     try:
         environment = lmdb.open(
             str(path),
             map_size=_MAP_BYTES,
-            readonly=readonly,
+            readonly=not writable,
             max_readers=_MOST_READERS,
             sync=False,
             metasync=False,

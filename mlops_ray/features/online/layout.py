@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -130,6 +131,13 @@ def stored_view(features: Features, name: str) -> StoredView:
         NEVER if definition.ttl_us is None else definition.ttl_us,
         bytes.fromhex(definition.digest[:16]),
     )
+
+
+def is_left_over(
+    views: Mapping[str, StoredView], filled: Set[str], name: str, digest: bytes
+) -> bool:
+    """Say whether rows may go; ``filled`` are the views whose present definition has its rows."""
+    return name not in views or (digest != views[name].digest and name in filled)
 
 
 def pack(

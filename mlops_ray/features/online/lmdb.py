@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,25 @@ from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.online.encoding import encode_keys
 from mlops_ray.features.online.environment import environment_of
-from mlops_ray.features.online.layout import Layout, StoredView, stored_view, unknown_layout
+from mlops_ray.features.online.layout import (
+    Layout,
+    StoredView,
+    is_left_over,
+    stored_view,
+    unknown_layout,
+)
 from mlops_ray.features.online.protocol import Cursor, Keys
 from mlops_ray.features.online.reader import Reader, Values
 from mlops_ray.features.online.rows import newest_rows, stored_times
 
 _ROW, _CURSOR, _LAYOUT = b"v", b"c", b"l"
+_NAME_AT, _DIGEST_BYTES = 3, 8
+
+
+class _Thread(threading.local):
+    """The transaction of a thread's batch: no other thread may write in it."""
+
+    writing: Any = None
 
 
 class LmdbStore:
@@ -44,7 +59,7 @@ class LmdbStore:
         self._readonly = readonly
         self._views = {name: stored_view(features, name) for name in features.views}
         self._environment = environment_of(path, readonly)
-        self._writing: Any = None
+        self._thread = _Thread()
 
     def write(self, view: str, rows: pa.Table) -> int:
         """Keep the newest row of each entity, stored ones included; return how many were written."""
@@ -57,8 +72,11 @@ class LmdbStore:
         return written
 
     def replace(self, view: str, tables: Iterable[pa.Table], cursor: Cursor) -> int:
-        """Put these rows and this cursor in the place of all rows of the view, in one transaction."""
+        """Put these rows and this cursor in the place of all of the view, in one transaction."""
+        if self._thread.writing is not None:
+            raise FeatureStoreError("a view cannot be replaced inside a batch")
         stored = self._view(view)
+        cursor = replace(cursor, filling=uuid.uuid4().hex)
         written = 0
         with self._transaction() as transaction:
             _delete(transaction, _prefix(_ROW, stored))
@@ -72,16 +90,16 @@ class LmdbStore:
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Make all writes inside one atomic transaction."""
-        if self._writing is not None:
+        if self._thread.writing is not None:
             yield
             return
         try:
             with self._environment_for_writing().begin(write=True) as transaction:
-                self._writing = transaction
+                self._thread.writing = transaction
                 try:
                     yield
                 finally:
-                    self._writing = None
+                    self._thread.writing = None
         except lmdb.Error as error:
             raise FeatureStoreError(
                 "the online store cannot be written to",
@@ -93,20 +111,22 @@ class LmdbStore:
     def cursor(self, view: str) -> Cursor | None:
         """Return up to where the view is filled, None if never."""
         key = _prefix(_CURSOR, self._view(view))
-        if self._writing is not None:
-            value = self._writing.get(key)
+        if self._thread.writing is not None:
+            value = self._thread.writing.get(key)
         else:
             with self._environment.lmdb.begin() as transaction:
                 value = transaction.get(key)
         return None if value is None else Cursor(**json.loads(value))
 
-    def move_cursor(self, view: str, cursor: Cursor) -> None:
-        """Say up to where the view is filled. For rows of one making it never moves back."""
+    def move_cursor(self, view: str, cursor: Cursor) -> bool:
+        """Say up to where the view is filled; return whether its rows are still of that filling."""
         with self._transaction() as transaction:
-            stored = self.cursor(view)
-            moved = cursor if stored is None else stored.joined(cursor)
+            stored = self.cursor(view) or Cursor()
+            if stored.filling != cursor.filling:
+                return False
             key = _prefix(_CURSOR, self._view(view))
-            transaction.put(key, json.dumps(asdict(moved)).encode())
+            transaction.put(key, json.dumps(asdict(stored.joined(cursor))).encode())
+        return True
 
     def reader(self, views: Sequence[str]) -> Reader:
         """Return a reader of several views, whose rows it sees in one consistent state."""
@@ -130,11 +150,20 @@ class LmdbStore:
         """Return the features of each key as of ``at_us`` and their statuses: ``Reader.read``."""
         return self.reader([view]).read([keys], at_us)
 
+    def drop_undeclared(self) -> None:
+        """Forget rows that are not declared, but for a view whose present definition has none."""
+        filled = {name for name in self._views if self.cursor(name) is not None}
+        with self._transaction() as transaction:
+            for kind in (_ROW, _CURSOR):
+                for prefix in list(_prefixes(transaction, kind)):
+                    name, digest = prefix[_NAME_AT:-_DIGEST_BYTES], prefix[-_DIGEST_BYTES:]
+                    if is_left_over(self._views, filled, name.decode(), digest):
+                        _delete(transaction, prefix)
+
     def clear(self) -> None:
         """Forget everything, in place: readers that have the store open see it empty."""
-        environment = self._environment_for_writing()
-        database = environment.open_db()
-        with environment.begin(write=True) as transaction:
+        database = self._environment_for_writing().open_db()
+        with self._transaction() as transaction:
             transaction.drop(database, delete=False)
 
     def flush(self) -> None:
@@ -144,7 +173,7 @@ class LmdbStore:
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
         with self.batch():
-            yield self._writing
+            yield self._thread.writing
 
     def _environment_for_writing(self) -> Any:
         if self._readonly:
@@ -169,6 +198,19 @@ class LmdbStore:
 def _prefix(kind: bytes, view: StoredView) -> bytes:
     name = view.name.encode()
     return kind + len(name).to_bytes(2, "big") + name + view.digest
+
+
+def _prefixes(transaction: Any, kind: bytes) -> Iterator[bytes]:
+    """Yield what the keys of each definition begin with, without going through all keys."""
+    cursor = transaction.cursor()
+    found = cursor.set_range(kind)
+    while found and cursor.key().startswith(kind):
+        key = cursor.key()
+        length = int.from_bytes(key[len(kind) : _NAME_AT], "big")
+        prefix = key[: _NAME_AT + length + _DIGEST_BYTES]
+        yield prefix
+        after = int.from_bytes(prefix, "big") + 1
+        found = cursor.set_range(after.to_bytes(len(prefix), "big"))
 
 
 def _keep_layout(transaction: Any, layout: Layout) -> None:

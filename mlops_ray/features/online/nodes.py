@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from mlops_ray.config.features import Features
-from mlops_ray.errors import MlopsRayError
 from mlops_ray.features.materialize import materialize_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online.opening import open_online
@@ -50,19 +49,29 @@ class NodeCopy:
 
     def catch_up(self) -> dict[str, int]:
         """Take what was committed since; return the rows written of each view."""
+        features = self._features
+        return {view: self._take(features, view) for view in features.views}
+
+    def _take(self, features: Features, view: str) -> int:
         with self._working:
-            features = self._features
             offline = OfflineStore(self._home.offline(self._project), features)
             online = open_online(features, _folder(features, self._project), self._project)
-            return {view: materialize_view(offline, online, view) for view in features.views}
+            return materialize_view(offline, online, view)
+
+    def keep_up(self) -> None:
+        """Do the same; where it fails the view stays as it is, and the log says why."""
+        features = self._features
+        for view in features.views:
+            try:
+                self._take(features, view)
+            except Exception:
+                # Whatever it was, the next time it may go well.
+                logger.exception("the copy of view %s stays as it is", view)
 
     def _tick(self) -> None:
         while True:
             time.sleep(self._features.online.copy_every.total_seconds())
-            try:
-                self.catch_up()
-            except MlopsRayError:
-                logger.exception("the copy of the online store stays as it is")
+            self.keep_up()
 
 
 def open_near(features: Features, home: Home, project: str) -> OnlineStore:

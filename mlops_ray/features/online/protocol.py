@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,12 +31,15 @@ class Cursor:
         watermark_us: Up to which created time the view was written, be it from the table or before
             its rows are committed there.
         generation: Of the rows: which code made them.
+        filling: Names the replacement that the rows began with, "" where there was none. Who moves the
+            cursor says by it which rows were written to.
     """
 
     table: str = ""
     version: int = -1
     watermark_us: int | None = None
     generation: str = ""
+    filling: str = ""
 
     def joined(self, newer: Cursor) -> Cursor:
         """Return ``newer``, but never behind this one while the rows are of the same making."""
@@ -44,7 +47,7 @@ class Cursor:
             return newer
         version = newer.version if newer.table != self.table else max(newer.version, self.version)
         known = [m for m in (self.watermark_us, newer.watermark_us) if m is not None]
-        return Cursor(newer.table, version, max(known, default=None), newer.generation)
+        return replace(newer, version=version, watermark_us=max(known, default=None))
 
 
 class OnlineStore(Protocol):
@@ -70,23 +73,34 @@ class OnlineStore(Protocol):
         """
 
     def replace(self, view: str, tables: Iterable[pa.Table], cursor: Cursor) -> int:
-        """Put these rows and this cursor in the place of all rows of the view.
+        """Put these rows and this cursor, with a filling of its own, in the place of all of the view.
 
         Readers see the old rows until the very end, then the new ones; after a kill on the way, the
         old ones. The tables are taken one by one, so they may be more than fits into memory.
 
         Returns:
             How many rows were written; of an entity perhaps one after the other.
+
+        Raises:
+            FeatureStoreError: It is called inside a batch.
         """
 
     def batch(self) -> AbstractContextManager[None]:
-        """Make all writes and moves inside seen at once, or after an exception not at all."""
+        """Make all writes and moves inside seen at once, or after an exception not at all.
+
+        Only what the calling thread does is meant.
+        """
 
     def cursor(self, view: str) -> Cursor | None:
         """Return up to where the view is filled, None if never."""
 
-    def move_cursor(self, view: str, cursor: Cursor) -> None:
-        """Say up to where the view is filled. For rows of one making it never moves back."""
+    def move_cursor(self, view: str, cursor: Cursor) -> bool:
+        """Say up to where the view is filled; return whether the rows are still those of its filling.
+
+        Where they are not, all were replaced meanwhile, and the cursor stays: what was written before
+        may be gone. For rows of one making it never moves back. Inside a batch, a store that decides
+        at its end returns True; the cursor says later whether it moved.
+        """
 
     def reader(self, views: Sequence[str]) -> Reader:
         """Return a reader of several views, whose rows it sees in one consistent state."""
@@ -95,6 +109,12 @@ class OnlineStore(Protocol):
         self, view: str, keys: Keys, at_us: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         """Return ``reader([view]).read([keys], at_us)``."""
+
+    def drop_undeclared(self) -> None:
+        """Forget the rows of views and definitions that are not declared.
+
+        Those of a view whose present definition was never filled stay: they are what is served.
+        """
 
     def clear(self) -> None:
         """Forget everything of the project, in place: readers see it empty."""

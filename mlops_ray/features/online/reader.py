@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.columns import NO_TIME
 from mlops_ray.features.definitions import ARROW_TYPES
 from mlops_ray.features.online.layout import FLOAT, HEAD, WORD, Layout, StoredView, convert
@@ -44,18 +45,25 @@ class Reader:
     Args:
         views: What is read, in order.
         fetch: Returns the values of each view, given the keys of each.
-        layout_of: Returns the layout of a value that is not of its view's.
+        layout_of: Returns the layout that a value of another than its view's begins with; None where
+            such a value counts as missing.
+
+    Raises:
+        FeatureStoreError: There is no view.
     """
 
     def __init__(
         self,
         views: Sequence[StoredView],
         fetch: Callable[[Sequence[Keys]], list[Values]],
-        layout_of: Callable[[StoredView, bytes], Layout],
+        layout_of: Callable[[StoredView, bytes], Layout | None],
     ) -> None:
+        if not views:
+            raise FeatureStoreError("a reader needs a view to read")
         self._views = views
         self._fetch = fetch
         self._layout_of = layout_of
+        self._other_layouts: dict[bytes, Layout] = {}
         layouts = [view.layout for view in views]
         self._blanks = [layout.blank for layout in layouts]
         starts = np.cumsum([0, *(layout.words for layout in layouts)])
@@ -159,10 +167,16 @@ class Reader:
         columns = [self._arrow(decoded, at) for at in range(len(self._names))]
         return pa.table(columns, names=self._names), decoded.status
 
-    def _converted(self, view: StoredView, value: bytes) -> bytes:
+    def _converted(self, view: StoredView, value: bytes) -> bytes | None:
         if value.startswith(view.layout.schema):
             return value
-        return convert(value, self._layout_of(view, value[:8]), view.layout)
+        schema = value[: WORD.itemsize]
+        layout = self._other_layouts.get(schema) or self._layout_of(view, schema)
+        if layout is None:
+            return None
+        # A layout never changes, and a view has few of them.
+        self._other_layouts[schema] = layout
+        return convert(value, layout, view.layout)
 
     def _words_of(self, found: list[Values]) -> tuple[NDArray[np.int64], list[Values]]:
         """Return the rows [n, words] of all views side by side, and the values that they are of."""

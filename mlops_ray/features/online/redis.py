@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
 
@@ -18,14 +19,28 @@ from numpy.typing import NDArray
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.online import scripts
-from mlops_ray.features.online.connection import Command, RedisServer
+from mlops_ray.features.online.connection import Command, RedisServer, ServerGoneError
 from mlops_ray.features.online.encoding import encode_keys
-from mlops_ray.features.online.layout import Layout, StoredView, stored_view, unknown_layout
+from mlops_ray.features.online.layout import (
+    Layout,
+    StoredView,
+    is_left_over,
+    stored_view,
+    unknown_layout,
+)
 from mlops_ray.features.online.protocol import Cursor, Keys
 from mlops_ray.features.online.reader import Reader, Values
 from mlops_ray.features.online.rows import newest_rows
 
 _CALL_ROWS = 1000
+
+
+class _Thread(threading.local):
+    """A thread's batch: its commands, and the cursors that they move, as the server keeps them."""
+
+    def __init__(self) -> None:
+        self.batch: list[Command] | None = None
+        self.moved: dict[str, bytes] = {}
 
 
 class RedisStore:
@@ -56,8 +71,7 @@ class RedisStore:
         self._fillings, self._layouts, self._known, self._cursors = (
             f"{project}:{name}".encode() for name in ("fillings", "layouts", "views", "cursors")
         )
-        self._batch: list[Command] | None = None
-        self._moved: dict[str, Cursor] = {}
+        self._thread = _Thread()
 
     def write(self, view: str, rows: pa.Table) -> int:
         """Keep the newest row of each entity, stored ones included; return how many were written.
@@ -72,10 +86,10 @@ class RedisStore:
             _call(scripts.WRITE, keys, (*head, *chain.from_iterable(values.items())))
             for values in newest_rows(stored, rows, most=_CALL_ROWS)
         )
-        if self._batch is None:
+        if self._thread.batch is None:
             return sum(self._server.stream(calls))
         commands = list(calls)
-        self._batch += commands
+        self._thread.batch += commands
         return sum((len(command) - 3 - len(keys) - len(head)) // 2 for command in commands)
 
     def replace(self, view: str, tables: Iterable[pa.Table], cursor: Cursor) -> int:
@@ -85,10 +99,11 @@ class RedisStore:
             FeatureStoreError: Another process began to do the same; its rows will stand.
         """
         self._check_writable()
-        if self._batch is not None:
+        if self._thread.batch is not None:
             raise FeatureStoreError("a view cannot be replaced inside a batch")
         stored = self._view(view)
-        token = uuid.uuid4().hex.encode()
+        filling = uuid.uuid4().hex
+        token = filling.encode()
         keys = self._rows_key(stored), self._fillings
         head = stored.layout.schema, stored.layout.to_json(), token
         self._server.call(_call(scripts.BEGIN, (*keys, self._layouts, self._known), head))
@@ -101,7 +116,7 @@ class RedisStore:
         for count in self._server.stream(calls):
             self._check_mine(view, count)
             written += count
-        content = json.dumps(asdict(cursor)).encode()
+        content = _cursor_bytes(replace(cursor, filling=filling))
         end = _call(scripts.FINISH, (*keys, self._cursors), (token, content))
         self._check_mine(view, self._server.call(end))
         return written
@@ -110,38 +125,45 @@ class RedisStore:
     def batch(self) -> Iterator[None]:
         """Send all writes inside as one transaction at the end."""
         self._check_writable()
-        if self._batch is not None:
+        thread = self._thread
+        if thread.batch is not None:
             yield
             return
-        self._batch = []
+        thread.batch = []
         try:
             yield
-            if self._batch:
-                self._server.transaction(self._batch)
+            if thread.batch:
+                self._server.transaction(thread.batch)
         finally:
-            self._batch = None
-            self._moved.clear()
+            thread.batch = None
+            thread.moved.clear()
 
     def cursor(self, view: str) -> Cursor | None:
         """Return up to where the view is filled, None if never."""
-        stored = self._view(view)
-        if view in self._moved:
-            return self._moved[view]
-        value = self._server.call((b"HGET", self._cursors, self._rows_key(stored)))
-        return None if value is None else Cursor(**json.loads(value))
+        content = self._cursor_content(view)
+        return _cursor_of(content) if content else None
 
-    def move_cursor(self, view: str, cursor: Cursor) -> None:
-        """Say up to where the view is filled. For rows of one making it never moves back."""
+    def move_cursor(self, view: str, cursor: Cursor) -> bool:
+        """Say up to where the view is filled; return whether its rows are still of that filling.
+
+        Inside a batch the server decides at the end. There it also stays where another process moved
+        it meanwhile.
+        """
         self._check_writable()
-        before = self.cursor(view)
-        moved = cursor if before is None else before.joined(cursor)
-        content = json.dumps(asdict(moved)).encode()
-        command = (b"HSET", self._cursors, self._rows_key(self._view(view)), content)
-        if self._batch is None:
-            self._server.call(command)
-        else:
-            self._batch.append(command)
-            self._moved[view] = moved
+        keys = self._rows_key(self._view(view)), self._cursors
+        while True:
+            before = self._cursor_content(view)
+            stored = _cursor_of(before) if before else Cursor()
+            if stored.filling != cursor.filling:
+                return False
+            moved = _cursor_bytes(stored.joined(cursor))
+            command = _call(scripts.MOVE, keys, (before, moved))
+            if self._thread.batch is not None:
+                self._thread.batch.append(command)
+                self._thread.moved[view] = moved
+                return True
+            if self._server.call(command):
+                return True
 
     def reader(self, views: Sequence[str]) -> Reader:
         """Return a reader of several views, whose rows it sees in one consistent state.
@@ -159,10 +181,8 @@ class RedisStore:
                 return [[None] * len(column) for column in encoded]
             try:
                 return self._get(names, encoded)
-            except FeatureStoreError:
-                if not self._may_miss:
-                    raise
-                self._silent_until_s = time.monotonic() + self._timeout_s
+            except ServerGoneError as error:
+                self._miss(error)
                 return [[None] * len(column) for column in encoded]
 
         return Reader(stored, fetch, self._layout_of)
@@ -172,6 +192,17 @@ class RedisStore:
     ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         """Return the features of each key as of ``at_us`` and their statuses: ``Reader.read``."""
         return self.reader([view]).read([keys], at_us)
+
+    def drop_undeclared(self) -> None:
+        """Forget rows that are not declared, but for a view whose present definition has none."""
+        self._check_writable()
+        filled = {name for name in self._views if self.cursor(name) is not None}
+        known = self._server.call((b"SMEMBERS", self._known))
+        for key in {*known, *self._server.call((b"HKEYS", self._cursors))}:
+            name, digest = key.decode().removeprefix(f"{self._project}:").rsplit(":", 1)
+            if is_left_over(self._views, filled, name, bytes.fromhex(digest)):
+                keys = key, self._fillings, self._known, self._cursors
+                self._server.call(_call(scripts.DROP, keys, ()))
 
     def clear(self) -> None:
         """Forget everything of the project: readers see it empty."""
@@ -194,6 +225,18 @@ class RedisStore:
         if len(commands) == 1:
             return [self._server.call(commands[0])]
         return self._server.transaction(commands)
+
+    def _miss(self, error: ServerGoneError) -> None:
+        """Do without the server for a while, or raise."""
+        if not self._may_miss:
+            raise error
+        self._silent_until_s = time.monotonic() + self._timeout_s
+
+    def _cursor_content(self, view: str) -> bytes:
+        """Return the cursor as the server keeps it, empty where there is none."""
+        key = self._rows_key(self._view(view))
+        moved = self._thread.moved.get(view)
+        return moved or self._server.call((b"HGET", self._cursors, key)) or b""
 
     def _check_writable(self) -> None:
         if self._readonly:
@@ -219,11 +262,23 @@ class RedisStore:
     def _rows_key(self, view: StoredView) -> bytes:
         return f"{self._project}:{view.name}:{view.digest.hex()}".encode()
 
-    def _layout_of(self, view: StoredView, schema: bytes) -> Layout:
-        content = self._server.call((b"HGET", self._layouts, schema))
+    def _layout_of(self, view: StoredView, schema: bytes) -> Layout | None:
+        try:
+            content = self._server.call((b"HGET", self._layouts, schema))
+        except ServerGoneError as error:
+            self._miss(error)
+            return None
         if content is None:
             raise unknown_layout(view.name, self._server.address)
         return Layout.from_json(content)
+
+
+def _cursor_bytes(cursor: Cursor) -> bytes:
+    return json.dumps(asdict(cursor)).encode()
+
+
+def _cursor_of(content: bytes) -> Cursor:
+    return Cursor(**json.loads(content))
 
 
 def _call(script: str, keys: Sequence[bytes], arguments: Sequence[Any]) -> Command:

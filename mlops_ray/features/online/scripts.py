@@ -86,6 +86,27 @@ return 1
 """
 )
 
+MOVE = """
+-- KEYS: rows, cursors; ARGV: the cursor that is expected, "" for none, and the new one
+if (redis.call('HGET', KEYS[2], KEYS[1]) or '') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[2], KEYS[1], ARGV[2])
+return 1
+"""
+
+DROP = (
+    _PUT
+    + """
+-- KEYS: rows, fillings, views, cursors
+local token = redis.call('HGET', KEYS[2], KEYS[1])
+if token then redis.call('UNLINK', fill_key(KEYS[1], token)) end
+redis.call('UNLINK', KEYS[1])
+redis.call('HDEL', KEYS[2], KEYS[1])
+redis.call('SREM', KEYS[3], KEYS[1])
+redis.call('HDEL', KEYS[4], KEYS[1])
+return 1
+"""
+)
+
 CLEAR = (
     _PUT
     + """

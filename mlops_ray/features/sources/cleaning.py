@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from mlops_ray.features.sources.functions import call_function, failed
 from mlops_ray.features.tables import open_table
 
 CLEAN_ROWS = 1 << 17
-_LEAST_SLICES = 8
+WORTH_S = 15.0
+"""From how many seconds of work on Ray Data pays for its start, which takes a few."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,21 @@ def clean_slices(target: str, file: Path, where: str) -> Iterator[pa.Table]:
     """Yield the rows of an Arrow file, cleaned in slices of at most 131,072, in the file's order.
 
     The slices are cut alike wherever they are cleaned, so the rows are the same. Only a few of them
-    are in memory at a time.
+    are in memory at a time. The first slice tells whether the others are worth a start of Ray Data.
 
     Raises:
         SourceError: The clean function failed or returned no table.
     """
     clean = CleanSlice(load(target), target, file, where)
     starts = range(0, max(open_table(file).num_rows, 1), CLEAN_ROWS)
-    if len(starts) >= _LEAST_SLICES and _ray_has_room():
-        yield from _on_ray_data(clean, starts)
+    began_s = time.perf_counter()
+    first = clean(pa.table({"start": [starts[0]]}))
+    due_s = (time.perf_counter() - began_s) * (len(starts) - 1)
+    yield first
+    if due_s > WORTH_S and _ray_has_room():
+        yield from _on_ray_data(clean, starts[1:])
         return
-    for start in starts:
+    for start in starts[1:]:
         yield clean(pa.table({"start": [start]}))
 
 
