@@ -112,7 +112,9 @@ class Source(Described):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        given = [n for n in ("read", "path", "sql", "kafka", "push") if getattr(self, n) is not None]
+        given = [
+            n for n in ("read", "path", "sql", "kafka", "push") if getattr(self, n) is not None
+        ]
         if len(given) != 1:
             raise ValueError(
                 "give exactly one of read (a function), path (files), sql, kafka or push, "
