@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup servers demo demo-quick test lint types imports unit format lock clean
+.PHONY: help setup servers demo demo-quick test lint types imports unit bench-quick format lock clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV), everything installed as locked; Redis for the tests"
 	@echo "make demo        the whole loop on a year of flights (about a quarter of an hour)"
 	@echo "make demo-quick  the same on one airport and one quarter (a few minutes)"
 	@echo "make test        lint, types, import contract, all tests"
+	@echo "make bench-quick every benchmark at a reduced size"
 
 setup: $(READY) servers
 
@@ -46,6 +47,11 @@ imports: setup
 
 unit: setup
 	$(BIN)/python -m pytest -q
+
+# Keeps the benchmarks alive; figures come from `python -m benchmarks NAME`, on a quiet machine.
+bench-quick: setup
+	@for name in asof_join online_read materialize pipeline; do \
+	  $(BIN)/python -m benchmarks $$name --quick --json || exit 1; done
 
 format: setup
 	$(BIN)/ruff check --fix .

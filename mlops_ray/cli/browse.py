@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,19 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlops_ray.config.base import format_duration
+from mlops_ray.config.base import format_duration, parse_duration
 from mlops_ray.errors import FeatureStoreError
 
 if TYPE_CHECKING:
     from mlops_ray.features.store import FeatureStore
 
 _EXPECTATIONS_SHOWN = 50
+_WHOLE = re.compile(r"-?[0-9]{1,19}")
 
 
 def moment(text: str) -> datetime:
     """Return a time written as ISO 8601; one without an offset is UTC."""
     value = datetime.fromisoformat(text)
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def duration(text: str) -> timedelta:
+    """Return a length of time written as in the configuration: 90s, 6h, 28d."""
+    try:
+        length: timedelta = parse_duration(text)
+    except (ValueError, OverflowError) as error:
+        raise click.BadParameter(str(error)) from error
+    return length
 
 
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -312,7 +323,7 @@ def _key(store: FeatureStore, view: str, given: Sequence[str]) -> dict[str, Any]
         name, equals, text = item.partition("=")
         if not equals:
             raise FeatureStoreError(f"{item!r} is no KEY=VALUE", fix=f"write {item}=…")
-        if keys.get(name) == "int" and not text.lstrip("-").isdigit():
+        if keys.get(name) == "int" and not _WHOLE.fullmatch(text):
             raise FeatureStoreError(f"key {name!r} is a whole number, not {text!r}")
         found[name] = int(text) if keys.get(name) == "int" else text
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,16 +108,22 @@ def compact(view: str | None, overrides: tuple[str, ...]) -> None:
 @features.command(short_help="Remove files that no version in use needs.")
 @click.argument("view", required=False)
 @overrides
-@click.option("--retention", default="7d", show_default=True, help="Keep versions this young.")
+@click.option(
+    "--retention",
+    type=browse.duration,
+    default="7d",
+    show_default=True,
+    help="Keep versions this young.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say how many files would go.")
-def vacuum(view: str | None, overrides: tuple[str, ...], retention: str, dry_run: bool) -> None:
+def vacuum(
+    view: str | None, overrides: tuple[str, ...], retention: timedelta, dry_run: bool
+) -> None:
     """Remove files that only versions older than the retention need, and no manifest pins."""
-    from mlops_ray.config.base import parse_duration
-
     view, overrides = browse.optional_view(view, overrides)
     store = browse.open_store(overrides)
     for name in [view] if view else store.features.view_order:
-        removed = store.offline.vacuum(name, retention=parse_duration(retention), dry_run=dry_run)
+        removed = store.offline.vacuum(name, retention=retention, dry_run=dry_run)
         click.echo(f"{name}: {len(removed)} files{' would go' if dry_run else ''}")
 
 

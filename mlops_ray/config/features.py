@@ -122,7 +122,17 @@ class Source(Described):
             )
         if not self.available_at and self.push is None:
             raise ValueError("name the column that says when a row is known: available_at")
+        if self.kafka is not None and self.available_at == "received_at":
+            raise ValueError(
+                "available_at of a topic may not be received_at, which is null in its first run: name "
+                "kafka_time or one of the columns; nothing is used before it was received anyway"
+            )
         return self
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows come in as events, which are known here only from some moment on."""
+        return self.kafka is not None or self.push is not None
 
     @property
     def known_at(self) -> str:
@@ -139,7 +149,7 @@ class Entity(Described):
 class Aggregate(Frozen):
     """One aggregate over a trailing window: ``count`` needs no column, the others do.
 
-    ``approx_distinct`` counts the distinct values of a column of any type, null apart, with a
+    ``approx_distinct`` counts the distinct values of a column that is not nested, null apart, with a
     relative standard error of about 3 % (HyperLogLog).
     """
 

@@ -64,7 +64,7 @@ def origin_of(features: Features, name: str) -> Origin:
     else:
         source = features.sources[view.source]
         available_at = source.known_at
-        received = source.push is not None or source.kafka is not None
+        received = source.streams
     where = f"features.views.{name}"
     return Origin(definition, plan, view.event_time, available_at, received, where)
 
@@ -94,7 +94,9 @@ def prepare(origin: Origin, table: pa.Table) -> pa.Table:
             columns[f"value {number}"] = pa.array(values, mask=~valid)
         for number, name in enumerate(origin.plan.hashed, len(origin.plan.columns)):
             hashed = column(table, name, where)
-            columns[f"value {number}"] = pa.array(codes_of(hashed), mask=_null(hashed))
+            columns[f"value {number}"] = pa.array(
+                codes_of(hashed, f"{where}.{name}"), mask=_null(hashed)
+            )
     usable = (event != NO_TIME) & (available != NO_TIME)
     for key in keys:
         usable &= ~_null(key)

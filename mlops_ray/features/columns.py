@@ -111,7 +111,8 @@ def numbers(
     """
     values = column(table, name, where)
     kind = values.type
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+    fits = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if not fits and not pa.types.is_null(kind):
         raise wrong_type(name, "a number", kind, where)
     if pa.types.is_boolean(kind):
         values = values.cast(pa.uint8())
@@ -133,7 +134,8 @@ def key_columns(table: pa.Table, keys: Mapping[str, str], where: str) -> list[pa
             values = values.cast(values.type.value_type)
         text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
         whole = pa.types.is_integer(values.type)
-        if not (text if dtype == "string" else whole):
+        fits = text if dtype == "string" else whole
+        if not fits and not pa.types.is_null(values.type):
             raise wrong_type(name, dtype, values.type, where)
         columns.append(values.cast(KEY_TYPES[dtype]))
     return columns

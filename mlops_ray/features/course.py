@@ -15,6 +15,7 @@ from mlops_ray.features.arrivals import arrivals, batches, needed, origin_of, pr
 from mlops_ray.features.backfill import backfill
 from mlops_ray.features.code import code_digest_of
 from mlops_ray.features.definitions import source_of
+from mlops_ray.features.late import count_late, seen_file
 from mlops_ray.features.materialize import materialize_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import Cursor, OnlineStore
@@ -87,9 +88,13 @@ class Course:
         if self._stream is not None:
             self._stream.extend(prepared)
 
-    def advance(self, until_us: int) -> int:
-        """Make the feature rows up to ``until_us``; return how many."""
+    def advance(self, until_us: int | None) -> int:
+        """Make the feature rows up to ``until_us``, None: to the origin's end; return how many."""
         self.fresh = None
+        if until_us is None:
+            until_us = self._end_us()
+            if until_us is None:
+                return 0
         if self._limit_us is not None:
             until_us = min(until_us, self._limit_us)
         if (self.done_us is not None and until_us < self.done_us) or until_us <= START_US:
@@ -150,6 +155,26 @@ class Course:
         self.stale = False
         self._unseen = list(self._pending)
         self._filling = cursor.filling
+
+    def late_rows(self) -> int:
+        """Return how many of the source's rows are new and came too late; each is told once."""
+        if self._source is None or self.origin.received or self.done_us is None or self.version < 0:
+            return 0
+        # Of windows, what lies behind the last boundary still waits.
+        every_us = 1 if self.origin.plan is None else self.origin.plan.every_us
+        done_us = self.done_us // every_us * every_us
+        moments = arrivals(self.origin, self._origin_table())
+        file = seen_file(self._offline.path(self.name))
+        return count_late(file, moments, self._table_id, self._generation, done_us)
+
+    def _end_us(self) -> int | None:
+        """Return up to when the origin has told its rows, None where it never had one.
+
+        No other origin's moment will do: this one may lag behind it.
+        """
+        if self._upstream is not None:
+            return self._upstream.done_us
+        return self.newest_us if self._limit_us is None else self._limit_us
 
     def _stored_filling(self) -> str:
         return (self._online.cursor(self.name) or Cursor()).filling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ def evaluate(
     """Return a result for every declared check, whether it holds or not.
 
     A missing column or a wrong type of severity warn is a result like others; of severity fail, an
-    error at once, since the checks after it mean nothing.
+    error at once, since the checks after it mean nothing. NaN is no null, and breaks both bounds.
     """
     results: list[ExpectationResult] = []
     for expectation in expectations:
@@ -156,6 +157,9 @@ def _checks(values: pa.ChunkedArray, expectation: Expectation) -> Iterator[Expec
 def _bounds(values: pa.ChunkedArray, expectation: Expectation) -> Iterator[ExpectationResult]:
     extremes = pc.min_max(values)
     low, high = extremes["min"].as_py(), extremes["max"].as_py()
+    if pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py():
+        # NaN lies within no bounds, and min_max passes over it.
+        low = high = math.nan
     if expectation.minimum is not None:
         passed = low is None or low >= expectation.minimum
         yield _result(

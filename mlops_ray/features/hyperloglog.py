@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mlops_ray.errors import SchemaError
 from mlops_ray.features.keys import key_hash
 
 Codes = NDArray[np.uint16]
@@ -27,13 +28,16 @@ _RANKS = 64 - _REGISTER_BITS + 2
 _RANK_BITS = 6
 
 
-def codes_of(values: pa.Array | pa.ChunkedArray) -> Codes:
-    """Return the code of each value, of any type; that of a null means nothing.
+def codes_of(values: pa.Array | pa.ChunkedArray, where: str = "") -> Codes:
+    """Return the code of each value, of any type that is not nested; that of a null means nothing.
 
     Equal values of one type have equal codes in every process; 0.0 and −0.0 are equal, and so are all
     NaN.
+
+    Raises:
+        SchemaError: The values are lists, structs or maps.
     """
-    hashes = key_hash([_hashable(values)])
+    hashes = key_hash([_hashable(values, where)])
     register = hashes >> np.uint64(64 - _REGISTER_BITS)
     rest = hashes << np.uint64(_REGISTER_BITS)
     return ((register << np.uint64(_RANK_BITS)) | _rank(rest)).astype(np.uint16)
@@ -68,11 +72,13 @@ def estimate(codes: Codes, owner: Ints, owners: int) -> Ints:
     return np.rint(distinct).astype(np.int64)
 
 
-def _hashable(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+def _hashable(values: pa.Array | pa.ChunkedArray, where: str) -> pa.Array | pa.ChunkedArray:
     """Return values as strings or whole numbers, one for one."""
     kind = values.type
     if pa.types.is_dictionary(kind):
-        return _hashable(values.cast(kind.value_type))
+        return _hashable(values.cast(kind.value_type), where)
+    if pa.types.is_uint64(kind):
+        return values.cast(pa.int64(), safe=False)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind):
         return values
     if pa.types.is_floating(kind):
@@ -83,7 +89,14 @@ def _hashable(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         return values.cast(pa.int8())
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return values.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-    return values.cast(pa.string())
+    if pa.types.is_nested(kind):
+        raise SchemaError(
+            f"distinct values of type {kind} cannot be counted",
+            where=where,
+            fix="make a column of texts or numbers of it in the source's clean function",
+        )
+    # Bytes need not be valid UTF-8 to be hashed.
+    return values.cast(pa.string(), safe=False)
 
 
 def _rank(words: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pyarrow import ipc
 from mlops_ray.config.base import Frozen, Instant
 from mlops_ray.config.features import Features
 from mlops_ray.features.code import code_digest_of
-from mlops_ray.features.columns import INSTANT
+from mlops_ray.features.columns import INSTANT, from_us, to_us
 from mlops_ray.features.join import join_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.service import (
@@ -29,6 +29,8 @@ from mlops_ray.features.service import (
 )
 
 TIME, INPUTS, FEATURES = "time", "inputs", "features"
+WINDOW = timedelta(days=1)
+"""How much of the log a run looks at unless it is told more."""
 
 _EXAMPLES = 3
 _BATCH_ROWS = 100_000
@@ -46,7 +48,10 @@ class Difference(Frozen):
 
 
 class FeatureParity(Frozen):
-    """One feature over all rows compared. ``largest`` is the largest absolute difference of numbers."""
+    """One feature over the ``rows`` that were logged with it.
+
+    ``largest`` is the largest absolute difference of numbers.
+    """
 
     feature: str
     rows: int
@@ -61,11 +66,12 @@ class FeatureParity(Frozen):
 
 
 class ParityReport(Frozen):
-    """What a parity job found.
+    """What a parity job found among the requests from ``since`` on.
 
     ``waiting`` rows were asked for a moment up to which the offline store is not complete yet;
     ``without_inputs`` were logged without what is needed to look them up. ``breached``: some
-    feature differs in more than the share ``threshold`` of the rows.
+    feature differs in more than the share ``threshold`` of its rows. Nothing is known of the
+    features ``not_logged``: rows were compared, and none was logged with them.
     """
 
     service: str
@@ -78,6 +84,7 @@ class ParityReport(Frozen):
     tolerance: float
     breached: bool
     features: tuple[FeatureParity, ...]
+    not_logged: tuple[str, ...] = ()
 
 
 def check_parity(
@@ -88,6 +95,7 @@ def check_parity(
     *,
     since: datetime | None = None,
     until: datetime | None = None,
+    window: timedelta | None = WINDOW,
     tolerance: float = 0.0,
     threshold: float = 0.0,
 ) -> ParityReport:
@@ -101,14 +109,18 @@ def check_parity(
         service: The service whose requests were logged.
         store: The offline store.
         log: The folder with the prediction log's files.
-        since: Earliest request time, if any.
+        since: Earliest request time; without it ``window`` says how far back to look.
         until: Latest request time, if any.
+        window: How long before the newest request that can be compared; None or zero looks at the
+            whole log, in which an old incident, or many good days, outweigh what happens now.
         tolerance: How far numbers may lie apart, relative to the larger one, and still be equal.
         threshold: The share of rows in which a feature may differ.
     """
     declared = find_service(features, service)
     numeric, categorical = feature_columns(features, service)
     known_us = _complete_until_us(features, store, declared.views)
+    if since is None and window and known_us is not None:
+        since = _window_start(log, window, known_us, until)
     tally = {name: _Tally(name) for name in (*numeric, *categorical)}
     rows = waiting = without = 0
     for batch in _logged(log, since, until):
@@ -122,7 +134,7 @@ def check_parity(
         if found.num_rows:
             rows += found.num_rows
             _compare(features, service, store, found, tally, tolerance)
-    results = tuple(item.result(rows) for item in tally.values())
+    results = tuple(item.result() for item in tally.values())
     return ParityReport(
         service=service,
         since=since,
@@ -134,6 +146,7 @@ def check_parity(
         tolerance=tolerance,
         breached=any(result.share > threshold for result in results),
         features=results,
+        not_logged=tuple(result.feature for result in results if rows and not result.rows),
     )
 
 
@@ -150,7 +163,8 @@ def export(project: str, report: ParityReport) -> None:
     tags = {"project": project, "service": report.service}
     rows.set(report.rows, tags)
     for feature in report.features:
-        share.set(feature.share, tags | {"feature": feature.feature})
+        if feature.rows:
+            share.set(feature.share, tags | {"feature": feature.feature})
 
 
 def _complete_until_us(features: Features, store: OfflineStore, views: Sequence[str]) -> int | None:
@@ -160,21 +174,38 @@ def _complete_until_us(features: Features, store: OfflineStore, views: Sequence[
     return min(known, default=_ALWAYS) if len(known) == len(marks) else None
 
 
+def _window_start(
+    log: Path, window: timedelta, known_us: int, until: datetime | None
+) -> datetime | None:
+    """Return ``window`` before the newest logged time that can be compared, None without one."""
+    end_us = known_us if until is None else min(known_us, to_us(until))
+    newest_us = None
+    for file in log.glob("*.arrow"):
+        with pa.memory_map(str(file)) as source:
+            times = ipc.open_file(source).read_all()[TIME].cast(pa.int64())
+        file_us = pc.max(times.filter(pc.less_equal(times, end_us))).as_py()
+        if file_us is not None:
+            newest_us = file_us if newest_us is None else max(newest_us, file_us)
+    return None if newest_us is None else from_us(newest_us) - window
+
+
 def _logged(log: Path, since: datetime | None, until: datetime | None) -> Iterator[pa.Table]:
     """Yield the logged rows in batches, each id once: after a failed flush it may stand twice."""
     recent: dict[str, deque[set[str]]] = {}
     for file in sorted(log.glob("*.arrow")):
         with pa.memory_map(str(file)) as source:
             table = ipc.open_file(source).read_all()
+        for bound, compare in ((since, pc.greater_equal), (until, pc.less_equal)):
+            if bound is not None:
+                table = table.filter(compare(table[TIME], pa.scalar(bound, INSTANT)))
+        if not table.num_rows:
+            continue
         replica = file.stem.partition("-")[2].rpartition("-")[0]
         before = recent.setdefault(replica, deque(maxlen=_FILES_REMEMBERED))
         ids = table["id"].to_pylist()
         keep = [not any(identifier in seen for seen in before) for identifier in ids]
         before.append(set(ids))
         table = table.filter(pa.array(keep, pa.bool_()))
-        for bound, compare in ((since, pc.greater_equal), (until, pc.less_equal)):
-            if bound is not None:
-                table = table.filter(compare(table[TIME], pa.scalar(bound, INSTANT)))
         for start in range(0, table.num_rows, _BATCH_ROWS):
             yield table.slice(start, _BATCH_ROWS)
 
@@ -230,6 +261,7 @@ class _Tally:
 
     def __init__(self, feature: str) -> None:
         self._feature = feature
+        self._rows = 0
         self._different = 0
         self._largest: float | None = None
         self._examples: list[Difference] = []
@@ -239,6 +271,7 @@ class _Tally:
     ) -> None:
         different = differ(online, offline, tolerance)
         rows = np.flatnonzero(different)
+        self._rows += len(different)
         self._different += len(rows)
         if online.dtype == np.float64 and offline.dtype == np.float64 and len(rows):
             apart = np.abs(online[rows] - offline[rows])
@@ -255,10 +288,10 @@ class _Tally:
                 )
             )
 
-    def result(self, rows: int) -> FeatureParity:
+    def result(self) -> FeatureParity:
         return FeatureParity(
             feature=self._feature,
-            rows=rows,
+            rows=self._rows,
             different=self._different,
             largest=self._largest,
             examples=tuple(self._examples),
@@ -266,15 +299,19 @@ class _Tally:
 
 
 def differ(online: NDArray[Any], offline: NDArray[Any], tolerance: float) -> NDArray[np.bool_]:
-    """Return which values differ, bool [n]; ``tolerance`` is relative to the larger of two numbers."""
+    """Return which values differ, bool [n].
+
+    ``tolerance`` is relative to the larger of two finite numbers; an infinite one is near no other.
+    """
     if online.dtype == object or offline.dtype == object:
         pairs = zip(online.tolist(), offline.tolist(), strict=True)
         return np.array([_text(a) != _text(b) for a, b in pairs], np.bool_)
     same = online.view(np.int64) == offline.view(np.int64)
     same |= np.isnan(online) & np.isnan(offline)
     if tolerance:
-        larger = np.maximum(np.abs(online), np.abs(offline))
-        same |= np.abs(online - offline) <= tolerance * larger
+        finite = np.isfinite(online) & np.isfinite(offline)
+        one, other = online[finite], offline[finite]
+        same[finite] |= np.abs(one - other) <= tolerance * np.maximum(np.abs(one), np.abs(other))
     return np.asarray(~same, np.bool_)
 
 

@@ -80,22 +80,31 @@ class FeaturePipeline:
         return from_us(max(last)) if last else None
 
     @property
+    def complete_until(self) -> datetime | None:
+        """Up to when every view is complete that has got a row so far, None where none has."""
+        done = [c.done_us for c in self._courses.values() if c.done_us is not None]
+        return from_us(min(done)) if done else None
+
+    @property
     def done(self) -> datetime | None:
         """The furthest moment to which a view was advanced, None where none was."""
         done = [c.done_us for c in self._courses.values() if c.done_us is not None]
         return from_us(max(done)) if done else None
 
-    def advance(self, until: datetime, commit: bool = True) -> int:
+    def advance(self, until: datetime | None, commit: bool = True) -> int:
         """Bring every view up to ``until``; return how many feature rows were made.
+
+        None brings each view as far as its own origin goes: to the last arrival of a batch source,
+        to where the events are complete. So a source that lags behind the others loses nothing.
 
         A boundary of a window is complete, and emitted, only when ``until`` has reached it.
         Moments before the last advance change nothing.
 
         Args:
-            until: An aware moment.
+            until: An aware moment, or None.
             commit: Also write the rows to the offline store now.
         """
-        until_us = to_us(until)
+        until_us = None if until is None else to_us(until)
         made = sum(course.advance(until_us) for course in self._courses.values())
         for course in self._courses.values():
             course.go_on_online()
@@ -106,6 +115,15 @@ class FeaturePipeline:
         if commit or any(course.stale for course in self._courses.values()):
             self.commit()
         return made
+
+    def late_rows(self) -> dict[str, int]:
+        """Return by view how many source rows came too late since the last call, where any did.
+
+        They arrive up to where the view was committed, and were not in the tables then: no feature
+        row follows from them. Call it after a commit.
+        """
+        late = {name: course.late_rows() for name, course in self._courses.items()}
+        return {name: rows for name, rows in late.items() if rows}
 
     def extend(self, source: str, table: pa.Table) -> None:
         """Take in cleaned rows that a source has got since; none arrived before the last advance."""

@@ -11,15 +11,17 @@ from mlops_ray.config.base import Frozen
 from mlops_ray.config.features import DType, Features
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.applied import AppliedView, describe, read_applied, write_applied
-from mlops_ray.features.definitions import ARROW_TYPES
+from mlops_ray.features.code import code_digest_of
+from mlops_ray.features.definitions import ARROW_TYPES, define
 from mlops_ray.features.offline import OfflineStore
 
 Action = Literal["new", "unchanged", "told", "extend", "rebuild", "refuse", "undeclared"]
 """What applying does to a view.
 
 ``new``: its table is made and filled. ``told``: only what acts on reading or is told to people
-changed. ``extend``: columns are added, null in older rows. ``rebuild``: all rows are made anew.
-``refuse``: it cannot be done. ``undeclared``: nothing declares it any more; its tables stay.
+changed, or the definition is one whose rows are stored already. ``extend``: columns are added, null
+in older rows. ``rebuild``: all rows are made anew. ``refuse``: it cannot be done. ``undeclared``:
+nothing declares it any more; its tables stay.
 """
 
 _LETTERS = 12
@@ -82,6 +84,7 @@ def make_plan(features: Features, store: OfflineStore) -> FeaturePlan:
 
 def record(features: Features, store: OfflineStore) -> None:
     """Record the definitions as applied, those of views that have a table."""
+    add_columns(features, store)
     applied = read_applied(store.root)
     for name in features.views:
         if store.version(name) < 0:
@@ -91,23 +94,42 @@ def record(features: Features, store: OfflineStore) -> None:
             write_applied(store.root, now)
 
 
+def add_columns(features: Features, store: OfflineStore) -> None:
+    """Add declared columns to the tables that lack them, also where no new row would."""
+    for name, view in features.views.items():
+        stored = store.stored_schema(name)
+        generation = code_digest_of(features, name)
+        if stored is None or all(column in stored.names for column in view.features):
+            continue
+        watermark_us = store.watermark(name, generation=generation)
+        if watermark_us is not None:
+            nothing = define(features, name).schema.empty_table()
+            store.append(name, nothing, watermark_us, generation)
+
+
 def _change(
     features: Features, name: str, before: AppliedView | None, store: OfflineStore
 ) -> ViewChange:
     now, columns = describe(features, name), features.views[name].features
-    if before is not None and before.digest != now.digest:
-        return ViewChange(view=name, action="rebuild", because=tuple(_differences(before, now)))
     stored = store.stored_schema(name)
+    moved = before if before is not None and before.digest != now.digest else None
+    if stored is None and moved is not None:
+        return ViewChange(view=name, action="rebuild", because=tuple(_differences(moved, now)))
     if stored is None:
         return ViewChange(view=name, action="new", because=("it has no table yet",))
     if refused := tuple(_changed_types(stored, columns)):
         fix = f"raise features.views.{name}.version to make all rows anew, or rename the column"
         return ViewChange(view=name, action="refuse", because=refused, fix=fix)
+    if store.watermark(name, generation=now.code) is None:
+        reason = "other code made its rows"
+        if before is not None and before.code != now.code:
+            reason = _changed_code(before, now)
+        return ViewChange(view=name, action="rebuild", because=(reason,))
     if before is None:
         return ViewChange(view=name, action="told", because=("its definition is not recorded yet",))
-    if before.code != now.code:
-        return ViewChange(view=name, action="rebuild", because=(_changed_code(before, now),))
     told = tuple(_paths(before.declared, now.declared))
+    if moved is not None:
+        told = (*told, "its rows are stored already and go on from where they end")
     if any(column not in stored.names for column in columns):
         return ViewChange(view=name, action="extend", because=told)
     return ViewChange(view=name, action="told" if told else "unchanged", because=told)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mlops_ray.config.base import Frozen
 from mlops_ray.config.features import Features
-from mlops_ray.features.applied import APPLIED
+from mlops_ray.features.late import seen_file
 from mlops_ray.features.manifest import list_manifests
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import OnlineStore
@@ -45,6 +45,7 @@ def prune(
     for item in found:
         if item.fate == "removed":
             shutil.rmtree(store.root / item.folder)
+            seen_file(store.root / item.folder).unlink(missing_ok=True)
             _forget(store.root / item.view)
     return found
 
@@ -75,5 +76,4 @@ def _pinned(root: Path, view: str) -> set[str]:
 def _forget(folder: Path) -> None:
     """Remove the folder of a view that has no table any more."""
     if not any(path.is_dir() for path in folder.iterdir()):
-        (folder / APPLIED).unlink(missing_ok=True)
-        folder.rmdir()
+        shutil.rmtree(folder)

@@ -18,10 +18,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from mlops_ray.config.features import Features, Source
+from mlops_ray.config.features import Expectation, Features, Source
 from mlops_ray.errors import FeatureStoreError, MlopsRayError, RequestError
+from mlops_ray.features.arrivals import origin_of, prepare
 from mlops_ray.features.columns import INSTANT, from_us, to_us
 from mlops_ray.features.definitions import source_of
+from mlops_ray.features.expectations import check
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import OnlineStore
 from mlops_ray.features.pipeline import FeaturePipeline
@@ -104,7 +106,7 @@ class PushedFeatures:
         }
         self._pipeline: FeaturePipeline | None = None
         self._error = ""
-        self._uncommitted = 0
+        self._uncommitted = self._made = 0
         self._committed_s = time.monotonic()
         self._last_us = 0
         self._open()
@@ -135,6 +137,10 @@ class PushedFeatures:
                 self._take_in(due)
         if push.error is not None:
             raise push.error
+        if not push.stored:
+            raise FeatureStoreError(
+                "the events could not be stored", where=source, fix="send them again"
+            )
         return int(push.events.num_rows)
 
     def tick(self) -> int:
@@ -147,7 +153,7 @@ class PushedFeatures:
             self._last_us = max(self._last_us + 1, self._now_us())
             made = self._advance()
             waited_s = time.monotonic() - self._committed_s
-            if self._uncommitted and waited_s >= self._commit_every_s:
+            if (self._uncommitted or self._made) and waited_s >= self._commit_every_s:
                 self._try(self._commit)
             return made
 
@@ -195,7 +201,7 @@ class PushedFeatures:
             cursor = self._online.cursor(view)
             if cursor is not None and cursor.watermark_us is not None:
                 self._last_us = max(self._last_us, cursor.watermark_us)
-        pipeline.advance(from_us(self._last_us), commit=False)
+        self._made = pipeline.advance(from_us(self._last_us), commit=False)
         shutil.rmtree(folder)
         self._pipeline, self._error = pipeline, ""
 
@@ -221,16 +227,21 @@ class PushedFeatures:
         try:
             cleaned = clean_table(self._sources[name], stamped, f"features.sources.{name}")
             table = cleaned.read_all()
+            for view in self._views:
+                if self._features.views[view].source == name:
+                    prepare(origin_of(self._features, view), table)
+            check(table, _of_rows(self._sources[name], table.schema), f"features.sources.{name}")
             self._logs[name].append(stamped)
-        except MlopsRayError as error:
+        except Exception as error:
             for push in pushes:
                 push.error = _refusal(error)
             return False
         for push in pushes:
             push.stored, push.error = True, None
         self._uncommitted += events.num_rows
-        if self._pipeline is not None:
-            self._pipeline.extend(name, table)
+        pipeline = self._pipeline
+        if pipeline is not None:
+            self._try(lambda: pipeline.extend(name, table))
         return True
 
     def _advance(self) -> int:
@@ -238,12 +249,14 @@ class PushedFeatures:
         pipeline = self._pipeline
         if pipeline is not None:
             self._try(lambda: made.append(pipeline.advance(from_us(self._last_us), commit=False)))
+        self._made += sum(made)
         return sum(made)
 
     def _commit(self) -> None:
         assert self._pipeline is not None
         self._pipeline.commit()
-        self._uncommitted, self._committed_s = 0, time.monotonic()
+        self._uncommitted = self._made = 0
+        self._committed_s = time.monotonic()
 
     def _try(self, act: Callable[[], Any]) -> None:
         """Act on the stores. The events are in the log: after a failure they are taken from there."""
@@ -263,7 +276,24 @@ def _push_columns(sources: dict[str, Source], name: str) -> Any:
     return sources[name].push
 
 
-def _refusal(error: MlopsRayError) -> Exception:
-    if isinstance(error, FeatureStoreError):
+def _of_rows(source: Source, schema: pa.Schema) -> list[Expectation]:
+    """Return what must hold for each row by itself; the rest is evaluated of the whole log.
+
+    A column of nulls alone may have lost its type in the clean function.
+    """
+    typeless = {field.name for field in schema if pa.types.is_null(field.type)}
+    due = []
+    for wanted in source.expectations:
+        if wanted.check is None and wanted.severity == "fail":
+            nulls = 0.0 if wanted.nulls == 0 else None
+            if wanted.column in typeless:
+                due.append(Expectation(column=wanted.column, nulls=nulls))
+            else:
+                due.append(wanted.model_copy(update={"nulls": nulls, "unique": False}))
+    return due
+
+
+def _refusal(error: Exception) -> Exception:
+    if isinstance(error, FeatureStoreError) or not isinstance(error, MlopsRayError):
         return error
     return RequestError(f"the events cannot be used: {error}")

@@ -14,12 +14,13 @@ from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features import expectations, parity
 from mlops_ray.features.code import code_digest_of
+from mlops_ray.features.definitions import source_of
 from mlops_ray.features.materialize import materialize_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import open_online
 from mlops_ray.features.parity import ParityReport
 from mlops_ray.features.pipeline import FeaturePipeline
-from mlops_ray.features.plan import make_plan, record
+from mlops_ray.features.plan import add_columns, make_plan, record
 from mlops_ray.features.reproduction import make_training_set
 from mlops_ray.features.sources import clean_source, extract_source, find_source
 from mlops_ray.features.tables import read_tables
@@ -83,7 +84,10 @@ def materialize(
     until: Instant | None = None,
     advance: bool = True,
 ) -> FeatureVersions:
-    """Apply the definitions and advance every view to ``until`` (None: the last source row's arrival).
+    """Apply the definitions and advance every view to ``until``, or as far as its own source goes.
+
+    Rows that a source brings only after that moment, though they were to be known before it, are
+    not used: they are counted as metric ``late_source_rows`` and, by view, as events of that name.
 
     Offline rows are appended, the online store keeps the newest of each entity. It goes on from the
     stored watermarks, so what is stored already is not computed again. A view that is declared anew,
@@ -93,35 +97,45 @@ def materialize(
         context: Of the run.
         features: The declarations.
         tables: The folder with the cleaned rows of each source.
-        until: Nothing that is known later is used.
+        until: Nothing that is known later is used. None: each view goes to the last arrival in its
+            source, and one without rows waits for the first. The result then tells the earliest of
+            these moments: up to there all of them are complete.
         advance: False leaves the stores alone and returns the versions at which they stand: for a
             retraining beside something else that keeps them fresh.
 
     Raises:
-        FeatureStoreError: A declared change cannot be made, or no source has a row.
+        FeatureStoreError: A declared change cannot be made, or no source has a row. Those whose
+            events come in later need none yet.
     """
     store = open_offline(context, features)
     if not advance:
         return _versions(features, store, {n: store.version(n) for n in features.views}, until)
     plan = make_plan(features, store)
     plan.enforce()
+    add_columns(features, store)
     pipeline = open_pipeline(context, features, tables)
-    moment = until or pipeline.newest
-    if moment is None:
+    sources = [source_of(features, name) for name in features.views]
+    if until is None and pipeline.newest is None and any(not s.streams for s in sources):
         raise FeatureStoreError(
             "no source has a row that becomes available",
             where="features.sources",
             fix="check the columns that available_at and event_time name",
         )
-    context.reporter.progress(rows=0, message=f"features until {moment:%Y-%m-%d %H:%M}")
-    rows = pipeline.advance(moment)
+    moment = until or pipeline.newest
+    reached = "features" if moment is None else f"features until {moment:%Y-%m-%d %H:%M}"
+    context.reporter.progress(rows=0, message=reached)
+    rows = pipeline.advance(until)
     record(features, store)
-    context.reporter.progress(rows=rows, message=f"features until {moment:%Y-%m-%d %H:%M}")
+    context.reporter.progress(rows=rows, message=reached)
     context.reporter.metric("rows_written", rows)
+    late = pipeline.late_rows()
+    context.reporter.metric("late_source_rows", sum(late.values()))
+    for name, count in late.items():
+        context.reporter.event("late_source_rows", view=name, rows=count)
     for change in plan.changes:
         if change.action not in ("unchanged", "undeclared"):
             context.reporter.event("feature_view_applied", **change.model_dump(mode="json"))
-    return _versions(features, store, pipeline.versions, moment, rows)
+    return _versions(features, store, pipeline.versions, until or pipeline.complete_until, rows)
 
 
 def open_offline(context: Context, features: Features) -> OfflineStore:
@@ -199,6 +213,7 @@ def check_parity(
     service: str,
     since: Instant | None = None,
     until: Instant | None = None,
+    window: Duration | None = parity.WINDOW,
     tolerance: float = 0.0,
     threshold: float = 0.0,
 ) -> ParityReport:
@@ -214,6 +229,7 @@ def check_parity(
         context.home.predictions(context.project) / "predictions",
         since=since,
         until=until,
+        window=window,
         tolerance=tolerance,
         threshold=threshold,
     )
@@ -221,6 +237,7 @@ def check_parity(
     context.reporter.progress(rows=report.rows, message="compared")
     context.reporter.metric("rows_waiting", report.waiting)
     context.reporter.metric("features_different", sum(f.different > 0 for f in report.features))
+    context.reporter.metric("features_not_logged", len(report.not_logged))
     context.reporter.event("parity", **report.model_dump(mode="json"))
     return report
 

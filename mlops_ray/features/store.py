@@ -88,13 +88,13 @@ class FeatureStore:
         Args:
             view: The view's name.
             key: The entity's key columns and their values.
-            at: An aware moment.
+            at: A moment; one without a time zone is UTC.
             offline: Join the offline store as of that moment, instead of asking the online one.
 
         Raises:
             FeatureStoreError: There is no such view, or the key does not fit its entity.
         """
-        moment = at or datetime.now(UTC)
+        moment = _aware(at) or datetime.now(UTC)
         given = self._key_table(view, key)
         if offline:
             return self._offline_values(view, given, moment)
@@ -108,7 +108,7 @@ class FeatureStore:
         until: datetime | None = None,
     ) -> ray.data.Dataset:
         """Return a view's rows with ``since`` ≤ event time ≤ ``until`` as a Ray dataset."""
-        return self.offline.scan(view, version, since, until)
+        return self.offline.scan(view, version, _aware(since), _aware(until))
 
     def export(
         self,
@@ -123,7 +123,8 @@ class FeatureStore:
         They pass through in bounded memory. The folder is made; it may not be there yet.
         """
         schema, folder = define(self.features, view).schema, self.offline.path(view)
-        since_us, until_us = (None if end is None else to_us(end) for end in (since, until))
+        bounds = (_aware(since), _aware(until))
+        since_us, until_us = (None if end is None else to_us(end) for end in bounds)
         files = self.offline.files(view, version)
         output.mkdir(parents=True)
         rows = 0
@@ -149,7 +150,8 @@ class FeatureStore:
         """
         views = find_service(self.features, service).views
         versions = FeatureVersions(versions={view: self.offline.version(view) for view in views})
-        return make_training_set(self.features, service, rows, self.offline, versions, until)
+        moment = _aware(until)
+        return make_training_set(self.features, service, rows, self.offline, versions, moment)
 
     def push(self, source: str, rows: pa.Table | Sequence[Mapping[str, Any]]) -> int:
         """Send events to a pushed source; return how many, once they are durable.
@@ -176,7 +178,13 @@ class FeatureStore:
                     f"key {name!r} is {key[name]!r}, which is no {dtype}",
                     where=f"features.views.{view}",
                 )
-            columns[name] = pa.array([key[name]], KEY_TYPES[dtype])
+            try:
+                columns[name] = pa.array([key[name]], KEY_TYPES[dtype])
+            except OverflowError as error:
+                raise FeatureStoreError(
+                    f"key {name!r} is {key[name]}, which does not fit in 64 bits",
+                    where=f"features.views.{view}",
+                ) from error
         return pa.table(columns)
 
     def _online_values(self, view: str, given: pa.Table, moment: datetime) -> list[Value]:
@@ -200,3 +208,10 @@ class FeatureStore:
             status = "present" if value is not None else "null or not found"
             found.append(Value(feature=name, value=value, status=status))
         return found
+
+
+def _aware(moment: datetime | None) -> datetime | None:
+    """Return a moment with its time zone; one that has none is UTC."""
+    if moment is None or moment.tzinfo is not None:
+        return moment
+    return moment.replace(tzinfo=UTC)

@@ -47,14 +47,14 @@ class PlainStream:
     """A view without windows: each row of the origin is a feature row.
 
     A row's created time is the moment from which on it may be used: when it arrives. Of rows with the
-    same entity and times, the last of the source stays.
+    same entity and times, the one that was available last stays; of such, the last of the source.
     """
 
     def __init__(self, definition: ViewDefinition, after_us: int) -> None:
         self.definition = definition
         self._cursor_us = after_us
         self._rows = definition.schema.empty_table()
-        self._arrival_us = np.empty(0, np.int64)
+        self._arrival_us = self._available_us = np.empty(0, np.int64)
         self._new: list[pa.Table] = []
 
     def extend(self, prepared: Sequence[pa.Table]) -> None:
@@ -72,6 +72,7 @@ class PlainStream:
         count = self.waiting(until_us)
         taken = self._rows.slice(0, count)
         self._rows, self._arrival_us = self._rows.slice(count), self._arrival_us[count:]
+        self._available_us = self._available_us[count:]
         self._cursor_us = max(self._cursor_us, until_us)
         return taken
 
@@ -79,13 +80,14 @@ class PlainStream:
         """Put new rows among those that wait."""
         new, self._new = [table for table in self._new if table.num_rows], []
         if new:
-            rows = _feature_rows(self.definition, pa.concat_tables(new))
-            whole = pa.concat_tables([self._rows, rows]) if self._rows.num_rows else rows
-            arrival_us = whole["created_time"].cast(pa.int64()).to_numpy()
-            if self._rows.num_rows:
-                order = np.argsort(arrival_us, kind="stable")
-                whole, arrival_us = _last_of_equal(self.definition, whole, order)
-            self._rows, self._arrival_us = whole.combine_chunks(), arrival_us
+            taken = pa.concat_tables(new)
+            rows = _feature_rows(self.definition, taken)
+            rows = pa.concat_tables([self._rows, rows]).combine_chunks()
+            times = (self._available_us, taken[AVAILABLE]), (self._arrival_us, taken[ARRIVAL])
+            available_us, arrival_us = (np.concatenate(moments) for moments in times)
+            last = _last_of_equal(self.definition, rows, np.lexsort((available_us, arrival_us)))
+            self._rows = rows.take(pa.array(last))
+            self._available_us, self._arrival_us = available_us[last], arrival_us[last]
         return self._arrival_us
 
 
@@ -189,20 +191,17 @@ class WindowStream:
 
 
 def _feature_rows(definition: ViewDefinition, prepared: pa.Table) -> pa.Table:
-    """Return prepared rows of a plain view as feature rows in order of arrival, each once."""
+    """Return prepared rows of a plain view as feature rows, in the same order."""
     times = [prepared[name].cast(INSTANT) for name in (EVENT, ARRIVAL)]
     columns = [prepared[name] for name in definition.keys] + times
     columns += [prepared[name] for name in definition.features]
-    arrival_us, available_us = prepared[ARRIVAL].to_numpy(), prepared[AVAILABLE].to_numpy()
-    order = np.lexsort((available_us, arrival_us))
-    return _last_of_equal(definition, pa.table(columns, schema=definition.schema), order)[0]
+    return pa.table(columns, schema=definition.schema)
 
 
 def _last_of_equal(
     definition: ViewDefinition, rows: pa.Table, order: NDArray[np.int64]
-) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return rows in an order by arrival; of those with equal entity and times the last one only."""
-    rows = rows.combine_chunks()
+) -> NDArray[np.int64]:
+    """Return the rows of an order by arrival; of those with equal entity and times the last only."""
     entity, _ = encode([rows[name] for name in definition.keys])
     event_us, arrival_us = (
         rows[name].cast(pa.int64()).to_numpy()[order] for name in ("event_time", "created_time")
@@ -215,7 +214,7 @@ def _last_of_equal(
         & (arrival_us[1:] == arrival_us[:-1])
     )
     last = np.append(~same, True)[: len(within)]
-    return rows.take(pa.array(order[within][last])), arrival_us[last]
+    return order[within][last]
 
 
 def _key_fields(definition: ViewDefinition) -> pa.Schema:

@@ -80,6 +80,8 @@ class PushDoor:
     async def _take(self, source: str, events: pa.Table) -> int:
         try:
             return await self._store(source, events)
+        except RequestError:
+            raise
         except Exception as error:
             logger.exception("events of %s could not be stored", source)
             raise RequestError(
@@ -143,13 +145,15 @@ class PushReplica:
         return self._door
 
     async def _store(self, source: str, events: pa.Table) -> int:
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
 
         from mlops_ray.features.push import find_writer
 
         self._writer = self._writer or find_writer(self._project)
         try:
             return int(await self._writer.push.remote(source, events))
+        except RayTaskError as error:
+            raise error.cause from None
         except RayError:
             self._writer = None
             raise

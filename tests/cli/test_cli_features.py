@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlops_ray.cli.init import write_project
 from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.features import steps
+from mlops_ray.features.store import FeatureStore
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.orchestration.context import Context
@@ -137,6 +139,31 @@ def test_get_online_and_offline_agree(command: Any, filled: Path) -> None:
     assert wrong.code == 1
     assert "is looked up by courier" in wrong.err
     assert command("features", "get", "courier_latest", "courier=x", "--at", "soon").code == 2
+
+
+def test_what_is_no_length_of_time_and_no_whole_number_is_said(command: Any, filled: Path) -> None:
+    for retention in ("7x", "99999999999w"):
+        outcome = command("features", "vacuum", FEW, "--retention", retention)
+        assert outcome.code == 2
+        assert "--retention" in outcome.err
+    whole = "features.entities.courier.keys.courier=int"
+    for text in ("--5", "²", "1_000", "9" * 5000):
+        outcome = command("features", "get", "courier_latest", f"courier={text}", FEW, whole)
+        assert outcome.code == 1
+        assert "key 'courier' is a whole number" in outcome.err
+    huge = command("features", "get", "courier_latest", f"courier={2**63}", FEW, whole)
+    assert huge.code == 1
+    assert "does not fit in 64 bits" in huge.err
+
+
+def test_a_moment_without_a_time_zone_is_utc(filled: Path) -> None:
+    declared = load_project(open_workspace(filled), [FEW])
+    store = FeatureStore(declared.features, Home(declared.home), declared.name)
+    key = {"courier": "courier_03"}
+    for offline in (False, True):
+        found = store.get("courier_latest", key, datetime(2024, 2, 15), offline=offline)
+        aware = datetime(2024, 2, 15, tzinfo=UTC)
+        assert found == store.get("courier_latest", key, aware, offline=offline)
 
 
 def test_stats_and_freshness(command: Any, filled: Path) -> None:

@@ -13,6 +13,7 @@ from mlops_ray.features.columns import (
     encode,
     key_columns,
     normalise_instants,
+    numbers,
     to_instants,
 )
 
@@ -59,3 +60,11 @@ def test_what_is_finer_than_a_microsecond_is_cut_off_towards_the_past() -> None:
         values = pa.array([1999, -1], pa.int64()).cast(pa.timestamp("ns", zone))
         cut = to_instants(pa.chunked_array([values]), "at").cast(pa.int64())
         assert cut.to_pylist() == [1, -1]
+
+
+def test_a_column_of_nulls_alone_fits_every_type() -> None:
+    table = pa.table({"a": pa.nulls(2)})
+    values, valid = numbers(table, "a", "test")
+    assert (values.tolist(), valid.tolist()) == ([0.0, 0.0], [False, False])
+    (keys,) = key_columns(table, {"a": "string"}, "test")
+    assert (keys.type, keys.null_count) == (pa.string(), 2)

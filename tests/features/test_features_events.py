@@ -160,3 +160,20 @@ def test_many_small_appends_are_sealed(tmp_path: Path, monkeypatch: pytest.Monke
         log.append(events([number]))
     assert len(list(tmp_path.glob("*.arrow"))) == 3
     assert stored(tmp_path) == list(range(35))
+
+
+def test_an_append_holds_though_its_segment_cannot_be_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError("no space left")
+
+    log = EventLog(tmp_path, event_schema(COLUMNS))
+    with monkeypatch.context() as patch:
+        patch.setattr("mlops_ray.features.sources.log._FULL_RECORDS", 2)
+        patch.setattr("mlops_ray.features.sources.log.write_segment", full)
+        log.append(events([1]))
+        log.append(events([2]))
+    log.close()
+    EventLog(tmp_path, event_schema(COLUMNS)).close()
+    assert stored(tmp_path) == [1, 2]

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlops_ray.errors import SchemaError
 from mlops_ray.features.hyperloglog import codes_of, estimate, reduce_codes
 
 
@@ -40,6 +41,17 @@ def test_values_of_any_type() -> None:
     assert distinct(pa.array([True, False, True])) == 2
     assert distinct(moments) == 3
     assert distinct(pa.array([1, 2, 2], pa.int8())) == 2
+
+
+def test_whole_numbers_of_64_bits_and_bytes_are_counted_too() -> None:
+    assert distinct(pa.array([2**63 + 1, 2**63 + 1, 2**64 - 1, 1], pa.uint64())) == 3
+    assert distinct(pa.array([b"\xff", b"\xff", b"\xfe", b"a"])) == 3
+
+
+@pytest.mark.parametrize("values", [[[1], [2]], [{"a": 1}]])
+def test_nested_values_are_refused_by_name(values: list) -> None:
+    with pytest.raises(SchemaError, match=r"views\.v\.items: distinct values of type"):
+        codes_of(pa.array(values), "views.v.items")
 
 
 @settings(max_examples=100, deadline=None)

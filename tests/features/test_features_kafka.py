@@ -6,10 +6,12 @@ import json
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from mlops_ray.config.features import Features, Source
 from mlops_ray.errors import SourceError
@@ -129,11 +131,11 @@ def test_a_topic_that_was_made_anew_is_an_error(
         fetched(other, tmp_path)
 
 
-def declare(topic: Topic) -> Features:
+def declare(topic: Topic, **source: Any) -> Features:
     view = {"entity": "shop", "source": "sales", "event_time": "sent"}
     return Features.model_validate(
         {
-            "sources": {"sales": topic.source()},
+            "sources": {"sales": topic.source(**source)},
             "entities": {"shop": {"keys": {"shop": "string"}}},
             "views": {
                 "sale": view | {"columns": ["amount"]},
@@ -165,3 +167,46 @@ def test_late_messages_are_not_lost_behind_the_watermark(
         assert sorted(offline.read("sale")["amount"].to_pylist()) == [float(n) for n in range(sent)]
         assert len(read_tables(clean)["sales"]) == sent
         time.sleep(0.01)
+
+
+def test_a_silent_topic_still_ends_its_last_window(
+    ray_cluster: Any, topic: Topic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = declare(topic, available_at="sent", clean="features.cleaners.first_row")
+    offline = OfflineStore(tmp_path / "offline", features)
+    online = open_online(features, tmp_path / "online", "shop")
+    start = int(datetime(2024, 1, 1, 0, 30, tzinfo=UTC).timestamp())
+    topic.send(event(60), partition=0)
+    rows = []
+    # A run that finds a message, one whose messages the clean function drops, one that finds none.
+    for run, minutes in enumerate((0, 10, 60)):
+        clock = SimpleNamespace(time_ns=lambda at=start + minutes * 60: at * 1_000_000_000)
+        monkeypatch.setattr("mlops_ray.features.sources.kafka.time", clock)
+        if run == 1:
+            topic.send(event(61), partition=0)
+        raw, clean = tmp_path / f"raw{run}", tmp_path / f"clean{run}"
+        extract_source(features, "sales", raw, tmp_path / "events")
+        clean_source(features, "sales", raw, clean)
+        pipeline = FeaturePipeline(features, clean, offline, online)
+        pipeline.advance(None)
+        assert pipeline.done == datetime.fromtimestamp(start + minutes * 60, UTC)
+        rows.append(offline.read("sales").num_rows)
+    assert rows == [0, 0, 1]
+
+
+def test_messages_after_a_run_that_found_none_count_as_received_since(
+    ray_cluster: Any, topic: Topic, tmp_path: Path
+) -> None:
+    topic.send(event(0), partition=0)
+    first = fetched(topic, tmp_path)
+    assert fetched(topic, tmp_path).equals(first)
+    told = int(json.loads((tmp_path / "idle.json").read_bytes())["fetched_us"])
+    topic.send(event(1), partition=0)
+    received = fetched(topic, tmp_path)["received_at"].cast(pa.int64()).to_pylist()
+    assert received == [None, told + 1]
+
+
+def test_received_at_does_not_say_when_a_message_was_available() -> None:
+    kafka = {"servers": "x", "topic": "t", "columns": COLUMNS}
+    with pytest.raises(ValidationError, match="may not be received_at"):
+        Source.model_validate({"kafka": kafka, "available_at": "received_at"})

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -342,6 +343,64 @@ def test_newest_is_the_last_arrival(tmp_path: Path, shop: SimpleNamespace) -> No
     seen: list[datetime] = shop.tables["visits"]["seen_at"].to_pylist()
     known = shop.tables["prices"].select(["valid_from", "known_at"]).to_pylist()
     assert newest == max([*seen, *(max(row.values()) for row in known)])
+
+
+def test_a_source_that_lags_behind_loses_nothing(
+    tmp_path: Path, shop: SimpleNamespace, backfilled
+) -> None:
+    prices = shop.tables["prices"]
+    early = (pc.field("known_at") < shop.hour(20)) & (pc.field("valid_from") < shop.hour(20))
+    shop.tables = shop.tables | {"prices": prices.filter(early)}
+    first = open_pipeline(tmp_path, shop)
+    first.advance(None)
+    assert first.complete_until < shop.hour(40) < shop.hour(80) < first.newest == first.done
+    assert first.late_rows() == {}
+    shop.tables = shop.tables | {"prices": prices}
+    again = open_pipeline(tmp_path, shop)
+    again.advance(None)
+    assert again.late_rows() == {}
+    expected = backfilled(shop)
+    for view in ("price", "again"):
+        assert stored(tmp_path, shop)[view].equals(expected[view])
+
+
+def test_rows_that_come_too_late_are_counted_once(tmp_path: Path, shop: SimpleNamespace) -> None:
+    visits = shop.tables["visits"].sort_by("seen_at")
+    prices = shop.tables["prices"].sort_by("known_at")
+    late = visits.slice(300, 3)
+    tied = prices.slice(prices.num_rows - 1)
+    shop.tables = {"visits": pa.concat_tables([visits[:300], visits[303:]]), "prices": prices}
+    # As the source's window moves on, its oldest rows go: they must not make up for the late ones.
+    after = {"visits": visits[60:], "prices": pa.concat_tables([prices[60:], tied])}
+    usable = late.num_rows - late["shop"].null_count
+    counted = {"price": 1, "shop_visits": usable, "shelf_visits": usable}
+    for tables, expected in ((shop.tables, {}), (after, counted), (after, {})):
+        shop.tables = tables
+        pipeline = open_pipeline(tmp_path, shop)
+        pipeline.advance(None)
+        assert pipeline.late_rows() == expected
+
+
+def test_equal_arrivals_come_out_the_same_one_by_one_and_at_once(
+    tmp_path: Path, shop: SimpleNamespace
+) -> None:
+    # Known in the wrong order before they hold: what was known last counts, however rows come in.
+    def price(known: float, value: float) -> pa.Table:
+        row = {"shop": "north", "shelf": 1, "valid_from": shop.hour(5), "stock": 1}
+        table = pa.Table.from_pylist([row | {"known_at": shop.hour(known), "price": value}])
+        return table.cast(shop.tables["prices"].select(table.column_names).schema)
+
+    rows = [price(3, 1.0), price(2, 2.0)]
+    shop.tables["prices"] = rows[0].slice(0, 0)
+    one_by_one = open_pipeline(tmp_path / "a", shop, live=True)
+    for row in rows:
+        one_by_one.extend("prices", row)
+        one_by_one.advance(shop.hour(4))
+    one_by_one.advance(shop.hour(6))
+    shop.tables["prices"] = pa.concat_tables(rows)
+    open_pipeline(tmp_path / "b", shop).advance(shop.hour(6))
+    for root in ("a", "b"):
+        assert stored(tmp_path / root, shop)["price"]["price"].to_pylist() == [1.0]
 
 
 def test_a_missing_table_and_a_missing_column_are_named(

@@ -135,6 +135,34 @@ def test_an_added_column_extends_and_a_changed_type_is_refused(
 
 
 @pytest.mark.usefixtures("shop_project")
+def test_an_added_column_is_there_after_an_apply_without_new_rows(
+    context: Context, shop: SimpleNamespace
+) -> None:
+    materialize(context, changed(shop, "price", columns={"price": "float"}))
+    versions = materialize(context, shop.features)
+    assert versions.rows_written == 0
+    assert plan(context, shop.features).empty
+    store = steps.open_offline(context, shop.features)
+    assert "stock" in store.stored_schema("price").names
+    assert versions.versions["price"] == store.version("price")
+    more = {"price": "float", "stock": "float", "known_at": "timestamp"}
+    wider = changed(shop, "price", columns=more)
+    record(wider, steps.open_offline(context, wider))
+    assert plan(context, wider).empty
+
+
+@pytest.mark.usefixtures("shop_project")
+def test_a_definition_that_comes_back_has_its_rows(context: Context, shop: SimpleNamespace) -> None:
+    materialize(context, shop.features)
+    raised = changed(shop, "price", version=2)
+    materialize(context, raised)
+    change = plan(context, shop.features).of("price")
+    assert (change.action, change.because[0]) == ("told", "view.version: 2 → 1")
+    assert materialize(context, shop.features).rows_written == 0
+    assert plan(context, shop.features).empty
+
+
+@pytest.mark.usefixtures("shop_project")
 def test_a_column_that_went_and_comes_back_with_another_type_is_refused(
     context: Context, shop: SimpleNamespace
 ) -> None:

@@ -307,6 +307,66 @@ def test_many_threads_share_the_writes(tmp_path: Path) -> None:
     assert till.offline.read("newest").num_rows == 20
 
 
+@pytest.mark.parametrize("wrong", [OSError("no space left"), ValueError("a bug")])
+def test_no_push_of_a_group_is_accepted_unless_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Exception
+) -> None:
+    till = Till(tmp_path)
+    told: list[Any] = []
+
+    def full() -> None:
+        raise wrong
+
+    def push(number: int) -> None:
+        event = {"shop": f"s{number}", "till": 1, "amount": 1.0, "at": from_us(START_US)}
+        try:
+            told.append(till.pushed.push("payments", [event]))
+        except Exception as error:
+            told.append(error)
+
+    monkeypatch.setattr(till.pushed._logs["payments"], "_open_next", full)
+    with till.pushed._storing:
+        threads = [threading.Thread(target=push, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        while len(till.pushed._queue) < 3:
+            pass
+    for thread in threads:
+        thread.join()
+    assert len(told) == 3
+    expected = FeatureStoreError if isinstance(wrong, OSError) else ValueError
+    assert all(isinstance(answer, expected) for answer in told)
+
+
+def test_windows_that_time_completes_are_committed(tmp_path: Path) -> None:
+    till = Till(tmp_path)
+    till.pushed._commit_every_s = 0.0
+    event = {"shop": "north", "till": 1, "amount": 1.0, "at": from_us(START_US)}
+    till.pushed.push("payments", [event])
+    till.pushed.tick()
+    till.now_us += 10 * MINUTE_US
+    till.pushed.tick()
+    assert till.offline.read("paid").num_rows > 0
+
+
+def test_events_against_an_expectation_of_rows_are_refused(tmp_path: Path) -> None:
+    source = {
+        "push": {"shop": "string", "till": "int", "amount": "float", "at": "timestamp"},
+        "expectations": [
+            {"column": "amount", "minimum": 0, "nulls": 0.1, "unique": True},
+            {"column": "till", "maximum": 5, "severity": "warn"},
+        ],
+    }
+    till = Till(tmp_path, declare(sources={"payments": source}))
+    good = {"shop": "north", "till": 9, "amount": 1.0, "at": from_us(START_US)}
+    assert till.pushed.push("payments", [good, good, good | {"amount": None}]) == 3
+    with pytest.raises(RequestError, match="minimum should be at least 0"):
+        till.pushed.push("payments", [good, good | {"amount": -1.0}])
+    till.pushed.commit()
+    log = open_source(till.features.sources["payments"], tmp_path / "events" / "payments")
+    assert log.read_all().num_rows == 3
+
+
 def test_available_at_counts_no_earlier_than_received(tmp_path: Path) -> None:
     source = {
         "push": {"shop": "string", "till": "int", "amount": "float", "at": "timestamp"},

@@ -27,6 +27,7 @@ from mlops_ray.features.sources import (
     extract_source,
     open_source,
 )
+from mlops_ray.features.sources.batches import Batches
 from mlops_ray.features.tables import read_tables, write_tables
 
 TABLE = pa.table({"n": [1, 2], "at": pa.array([0, 90], pa.timestamp("s")), "day": ["a", "b"]})
@@ -108,6 +109,24 @@ def test_a_column_that_only_later_files_have(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": ["three"]}), tmp_path / "c.parquet")
     with pytest.raises(SourceError, match=r"cannot be read as parquet[\s\S]*int64"):
         read(source(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_column_that_only_later_text_files_have(tmp_path: Path, kind: str) -> None:
+    texts = {
+        "csv": ("n,code\n1,\n", "n,code,more\n2,A1,x\n", "n,code\n3,7\n"),
+        "json": (
+            '{"n": 1, "code": null}\n',
+            '{"n": 2, "code": "A1", "more": "x"}\n',
+            '{"n": 3, "code": "7"}\n',
+        ),
+    }
+    for number, text in enumerate(texts[kind]):
+        (tmp_path / f"{number}.{kind}").write_text(text)
+    table = read(source(path=str(tmp_path)))
+    assert table["n"].to_pylist() == [1, 2, 3]
+    assert table["code"].to_pylist()[1:] == ["A1", "7"]
+    assert table["more"].to_pylist() == [None, "x", None]
 
 
 def test_csv_takes_options(tmp_path: Path) -> None:
@@ -234,6 +253,17 @@ def test_timestamps_become_utc_microseconds(tmp_path: Path, unit: str, zone: str
         writer.write_table(pa.table({"at": moments}))
     table = read(source(path=str(tmp_path / "t.arrow")))
     assert table["at"].cast(pa.int64()).to_pylist() == [-1_000_000, 1_700_000_000_000_000]
+
+
+def test_times_are_cut_off_towards_the_past_and_never_wrap() -> None:
+    fine = pa.array([-1, -1500, 1500], pa.int64()).cast(pa.timestamp("ns"))
+    table = pa.table({"at": fine, "coded": fine.dictionary_encode()})
+    for column in Batches.of(table).normalised().read_all().columns:
+        assert column.type == UTC_US
+        assert column.cast(pa.int64()).to_pylist() == [-1, -2, 1]
+    far = pa.table({"at": pa.array([2**60], pa.timestamp("s"))})
+    with pytest.raises(SchemaError, match="a time is out of range"):
+        Batches.of(far).normalised().read_all()
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -366,5 +396,6 @@ def test_a_source_streams_in_a_fraction_of_its_size(tmp_path: Path) -> None:
     )
     read, kept, peak_bytes = map(int, told.stdout.split())
     assert (read, kept) == (rows * files, rows * files // 2)
-    # What is in flight does not grow with the source: about 70 MB of 384 MB here.
-    assert peak_bytes < table.nbytes * files / 3
+    # What is in flight does not grow with the source: 70 to 230 MB here, more on a busy machine; held
+    # whole, the raw and the cleaned rows would be 576 MB.
+    assert peak_bytes < table.nbytes * files * 0.7

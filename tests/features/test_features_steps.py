@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +17,7 @@ from mlops_ray.errors import ExpectationError, FeatureStoreError
 from mlops_ray.features import steps
 from mlops_ray.features.manifest import read_manifest
 from mlops_ray.features.reproduction import training_set_of
+from mlops_ray.features.sources.events import event_schema
 from mlops_ray.features.tables import read_tables, write_tables
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import FeatureVersions
@@ -147,3 +150,42 @@ def test_sources_without_any_row(context: Context, shop: SimpleNamespace) -> Non
     folder = write_tables(context.scratch(), empty)
     with pytest.raises(FeatureStoreError, match="no source has a row"):
         steps.materialize(context, shop.features, folder, None)
+
+
+def test_late_rows_are_reported(
+    context: Context, recorder: Recorder, shop: SimpleNamespace
+) -> None:
+    prices = shop.tables["prices"].sort_by("known_at")
+    for number, table in enumerate((pa.concat_tables([prices[:150], prices[152:]]), prices)):
+        folder = write_tables(context.scratch() / str(number), shop.tables | {"prices": table})
+        steps.materialize(context, shop.features, folder, None)
+        assert recorder.metrics["late_source_rows"] == 2 * number
+    late = [data for kind, data in recorder.events if kind == "late_source_rows"]
+    assert late == [{"view": "price", "rows": 2}]
+
+
+def test_the_versions_tell_up_to_where_every_view_is_complete(
+    context: Context, shop: SimpleNamespace
+) -> None:
+    prices = shop.tables["prices"]
+    early = prices.filter(pc.less(prices["known_at"], pa.scalar(shop.hour(20))))
+    folder = write_tables(context.scratch(), shop.tables | {"prices": early})
+    versions = steps.materialize(context, shop.features, folder, None)
+    moments = early.select(["valid_from", "known_at"])
+    assert versions.until == max(max(row.values()) for row in moments.to_pylist())
+
+
+def test_events_that_have_not_come_yet_are_no_error(
+    context: Context, shop: SimpleNamespace
+) -> None:
+    columns = dict.fromkeys(("visit", "shop"), "string") | {"shelf": "int", "spent": "float"}
+    columns |= dict.fromkeys(("entered_at", "seen_at", "at", "label_known_at"), "timestamp")
+    prices = {"shop": "string", "shelf": "int", "valid_from": "timestamp"}
+    sources = {"visits": {"push": columns}}
+    sources["prices"] = {"push": prices | {"price": "float", "stock": "float"}}
+    features = shop.declare(sources=sources)
+    empty = {n: event_schema(s.push).empty_table() for n, s in features.sources.items()}
+    folder = write_tables(context.scratch(), empty)
+    versions = steps.materialize(context, features, folder, None)
+    assert set(versions.versions.values()) == {-1}
+    assert versions.until is None

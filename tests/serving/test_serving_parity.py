@@ -132,6 +132,46 @@ def test_a_span_of_time_and_requests_logged_twice(asked: LocalShop, offline: Off
     assert check(asked, offline).rows == 3
 
 
+def test_a_run_looks_at_the_newest_window_that_can_be_compared(
+    asked: LocalShop, offline: OfflineStore, tmp_path: Path
+) -> None:
+    short = timedelta(minutes=1)
+    last = check(asked, offline, window=short)
+    assert (last.rows, last.since) == (2, shop.NOW - short)
+    assert check(asked, offline, window=timedelta(hours=2)).rows == 3
+    assert check(asked, offline).rows == 3
+    for whole in (None, timedelta(0)):
+        report = check(asked, offline, window=whole)
+        assert (report.rows, report.since) == (3, None)
+    early = OfflineStore(tmp_path / "early", shop.features())
+    for view in shop.features().views:
+        early.append(view, offline.read(view), shop.NOW_US - shop.HOUR_US)
+    known = check(asked, early, window=short)
+    assert (known.rows, known.waiting) == (1, 2)
+    assert check(asked, offline, until=shop.NOW - short, window=short).rows == 1
+    assert check(asked, offline, since=shop.NOW - timedelta(hours=2), window=short).rows == 3
+
+
+def test_a_feature_that_was_never_logged_does_not_pass_for_equal(
+    asked: LocalShop, offline: OfflineStore
+) -> None:
+    (file,) = (asked.home.predictions("shop") / "predictions").glob("*.arrow")
+    with pa.OSFile(str(file)) as source:
+        table = pa.ipc.open_file(source).read_all()
+    logged = table["features"].combine_chunks()
+    names = [field.name for field in logged.type if field.name != "amount"]
+    fewer = pa.StructArray.from_arrays([logged.field(name) for name in names], names)
+    place = table.column_names.index("features")
+    table = table.set_column(place, "features", fewer)
+    with pa.ipc.new_file(str(file), table.schema) as writer:
+        writer.write_table(table)
+    report = check(asked, offline)
+    assert report.not_logged == ("amount",)
+    assert {item.feature: item.rows for item in report.features} == {
+        name: 3 * (name != "amount") for name in [*names, "amount"]
+    }
+
+
 def test_rows_logged_before_inputs_were_are_counted(
     asked: LocalShop, offline: OfflineStore
 ) -> None:
@@ -156,6 +196,12 @@ def test_rows_logged_before_inputs_were_are_counted(
 def test_equal_is_equal_to_the_bit(online: Any, offline: Any, different: Any) -> None:
     found = parity.differ(np.array(online), np.array(offline), 0.0)
     assert found.tolist() == different
+
+
+def test_no_tolerance_reaches_infinity() -> None:
+    inf = np.inf
+    one, other = np.array([inf, 5.0, -inf, inf, 5.0]), np.array([5.0, inf, inf, inf, 5.000001])
+    assert parity.differ(one, other, 1e-6).tolist() == [True, True, True, False, False]
 
 
 def test_texts_and_nulls() -> None:

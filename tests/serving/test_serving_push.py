@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import math
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +20,7 @@ from serving.harness import free_port
 
 from mlops_ray.config.features import Features
 from mlops_ray.config.serving import Serving
-from mlops_ray.errors import FeatureStoreError, ServingError
+from mlops_ray.errors import FeatureStoreError, RequestError, ServingError
 from mlops_ray.features.columns import INSTANT
 from mlops_ray.features.store import FeatureStore
 from mlops_ray.metadata.home import Home
@@ -29,6 +30,7 @@ from mlops_ray.serving.deployment import remove
 from mlops_ray.serving.steps import push_endpoint
 
 ARROW = {"content-type": "application/vnd.apache.arrow.stream"}
+OFFSETS, BROKEN = struct.pack("<3i", 0, 8, 16), struct.pack("<3i", 0, 0x70000000, 16)
 PATH = "/v1/features/clicks/events"
 EVENT = {"user": "anna", "item": 7, "price": 1.5, "new": True, "at": "2024-03-01T12:00:00Z"}
 
@@ -66,12 +68,12 @@ class Door:
 
     def __init__(self) -> None:
         self.taken: list[tuple[str, pa.Table]] = []
-        self.fails = False
+        self.fails: Exception | None = None
         self.app = push.PushDoor(push.pushed_columns(declare()), 2000, self.store)
 
     async def store(self, source: str, events: pa.Table) -> int:
-        if self.fails:
-            raise FeatureStoreError("the disk is full")
+        if self.fails is not None:
+            raise self.fails
         self.taken.append((source, events))
         return events.num_rows
 
@@ -190,10 +192,24 @@ def test_only_post_is_possible(door: Door) -> None:
 
 
 def test_what_could_not_be_stored_is_to_be_sent_again(door: Door) -> None:
-    door.fails = True
+    door.fails = FeatureStoreError("the disk is full")
     status, content, _ = door({"rows": [EVENT]})
     assert status == 503
     assert "send them again" in content["error"]["message"]
+
+
+def test_what_the_writer_refuses_is_the_senders_matter(door: Door) -> None:
+    door.fails = RequestError("amount 99", field="price", row=0)
+    status, content, _ = door({"rows": [EVENT]})
+    assert (status, content["error"]["field"]) == (422, "price")
+
+
+@pytest.mark.parametrize("damage", [(b"abcdefgh", b"\xffbcdefgh"), (OFFSETS, BROKEN)])
+def test_broken_buffers_are_refused(door: Door, damage: tuple[bytes, bytes]) -> None:
+    body = arrow(pa.table({"user": ["abcdefgh", "ijklmnop"]}))
+    assert damage[0] in body
+    status, content, _ = door(body.replace(*damage), content_type=ARROW["content-type"])
+    assert (status, door.taken) == (422, []), content
 
 
 # On a cluster.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from mlops_ray.features.columns import INSTANT
+from mlops_ray.features.columns import INSTANT, to_instants
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,19 @@ class Batches:
 
 
 def normalise(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return a batch with timestamps as ``timestamp[us, UTC]``, naive ones were UTC; none encoded."""
+    """Return a batch with timestamps as ``timestamp[us, UTC]``, naive ones were UTC; none encoded.
+
+    Raises:
+        SchemaError: A time is too far away for whole microseconds in 64 bits.
+    """
     columns, fields = [], []
     for values, field in zip(batch.columns, batch.schema, strict=True):
         kind = _normal_type(field.type)
-        columns.append(values if kind == field.type else values.cast(kind, safe=False))
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        if pa.types.is_timestamp(values.type) and values.type != INSTANT:
+            values = to_instants(values, field.name)
+        columns.append(values)
         fields.append(pa.field(field.name, kind))
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 

@@ -20,6 +20,9 @@ RECEIVED_AT = "received_at"
 FETCHED_AT = "fetched_at"
 """When a run began to fetch a message: everything that was sent before is here."""
 
+COMPLETE_UNTIL = b"mlops-ray-complete-until-us"
+"""Metadata of a table's schema: up to when no event can be missing, though none came of late."""
+
 _PYTHON: dict[DType, tuple[type, ...]] = {
     "string": (str,),
     "int": (int,),
@@ -49,8 +52,11 @@ def complete_until(source: Source, table: pa.Table) -> int | None:
     """Return up to when no event can be missing in a source's table, in µs; None where that is told
     by nothing: what is not an event is in the table whenever it is available.
     """
-    if source.push is None and source.kafka is None:
+    if not source.streams:
         return None
+    told = (table.schema.metadata or {}).get(COMPLETE_UNTIL)
+    if told is not None:
+        return int(told)
     name = FETCHED_AT if source.kafka is not None else RECEIVED_AT
     moments = instants(table, name, "events")
     return int(moments.max()) if len(moments) else NO_TIME
@@ -84,6 +90,11 @@ def check_events(columns: Mapping[str, DType], rows: Rows) -> pa.Table:
 
 
 def _check_table(columns: Mapping[str, DType], table: pa.Table) -> pa.Table:
+    try:
+        # Offsets beyond the data and bytes that are no UTF-8 would end the process later on.
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        raise _refused(f"the table is broken: {error}", None, None) from error
     arrays = {}
     for name, values in zip(table.column_names, table.columns, strict=True):
         if name not in columns:

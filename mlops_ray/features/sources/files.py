@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -90,9 +91,10 @@ def _dataset(filesystem: Any, files: Sequence[str], source: Source, where: str) 
     try:
         shape = _csv(source.options) if kind == "csv" else "ipc" if kind == "arrow" else kind
         dataset = ds.dataset(list(files), format=shape, filesystem=filesystem)
-        if kind in ("parquet", "arrow") and len(files) > 1:
+        if len(files) > 1:
             schemas = [fragment.physical_schema for fragment in dataset.get_fragments()]
-            dataset = dataset.replace_schema(pa.unify_schemas(schemas))
+            unify = pa.unify_schemas if kind in ("parquet", "arrow") else _first_types
+            dataset = dataset.replace_schema(unify(schemas))
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
             f"the files at {source.path} cannot be read as {kind}",
@@ -101,6 +103,15 @@ def _dataset(filesystem: Any, files: Sequence[str], source: Source, where: str) 
             fix="check that the files are whole and share one schema",
         ) from error
     return dataset
+
+
+def _first_types(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """Return every column with the type that the first file with values in it seems to give it."""
+    fields: dict[str, pa.Field] = {}
+    for field in chain.from_iterable(schemas):
+        if field.name not in fields or pa.types.is_null(fields[field.name].type):
+            fields[field.name] = field
+    return pa.schema(fields.values())
 
 
 def _csv(options: dict[str, Any]) -> Any:

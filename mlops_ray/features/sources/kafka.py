@@ -2,7 +2,8 @@
 
 The messages of a run are one segment of a log (see ``log``), which holds beside the declared
 columns where each message comes from. A run goes on behind the newest offsets that are told by the
-log itself, so what was fetched and where to go on can never disagree.
+log itself, so what was fetched and where to go on can never disagree. A run that finds nothing is
+told by a file beside the segments: events are complete up to it all the same.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ from mlops_ray.config.features import Kafka
 from mlops_ray.errors import RequestError, SourceError
 from mlops_ray.features.columns import INSTANT
 from mlops_ray.features.sources.batches import Batches
-from mlops_ray.features.sources.events import FETCHED_AT, check_events, event_schema
+from mlops_ray.features.sources.events import (
+    COMPLETE_UNTIL,
+    FETCHED_AT,
+    check_events,
+    event_schema,
+)
 from mlops_ray.features.sources.log import newest_segment, write_segment
+from mlops_ray.metadata.files import write_whole
 
 KAFKA_TIME = "kafka_time"
 _STATE = b"mlops-ray-kafka"
+_IDLE = "idle.json"
 _TIMEOUT_S = 10.0
 
 
@@ -53,15 +61,15 @@ def fetch(kafka: Kafka, folder: Path, where: str) -> int:
         SourceError: No answer from Kafka; it has dropped messages that were not fetched yet; or a
             message is not a JSON object with the declared columns.
     """
-    number, newest = newest_segment(folder)
-    state = _state(newest)
+    number, state = _state(folder)
     before_us = state["fetched_us"]
     # The clock may have been set back; the runs must stay in order.
     now_us = max(time.time_ns() // 1000, (before_us or 0) + 1)
     spans = _spans(kafka, {int(p): at for p, at in state["offsets"].items()}, where)
-    if not any(spans.values()):
-        return 0
     after = {"offsets": {p: span.stop for p, span in spans.items()}, "fetched_us": now_us}
+    if not any(spans.values()):
+        write_whole(folder / _IDLE, json.dumps(after).encode())
+        return 0
     schema = kafka_schema(kafka).with_metadata({_STATE: json.dumps(after).encode()})
     flow = (
         _events(kafka, batch, schema, (before_us, now_us), where)
@@ -71,11 +79,24 @@ def fetch(kafka: Kafka, folder: Path, where: str) -> int:
     return write_segment(folder, number + 1, Batches(schema, flow))
 
 
-def _state(newest: pa.Table | None) -> dict[str, Any]:
-    if newest is None:
-        return {"offsets": {}, "fetched_us": None}
-    state: dict[str, Any] = json.loads(newest.schema.metadata[_STATE])
-    return state
+def fetched_schema(kafka: Kafka, folder: Path) -> pa.Schema:
+    """Return the schema of the raw rows, which tells up to when the log holds all messages."""
+    fetched_us = _state(folder)[1]["fetched_us"]
+    if fetched_us is None:
+        return kafka_schema(kafka)
+    return kafka_schema(kafka).with_metadata({COMPLETE_UNTIL: str(fetched_us).encode()})
+
+
+def _state(folder: Path) -> tuple[int, dict[str, Any]]:
+    """Return the newest segment's number and what the last run left, whether it found any or not."""
+    number, newest = newest_segment(folder)
+    states: list[dict[str, Any]] = [{"offsets": {}, "fetched_us": None}]
+    if newest is not None:
+        states.append(json.loads(newest.schema.metadata[_STATE]))
+    idle = folder / _IDLE
+    if idle.exists():
+        states.append(json.loads(idle.read_bytes()))
+    return number, max(states, key=lambda state: state["fetched_us"] or 0)
 
 
 def _spans(kafka: Kafka, fetched: dict[int, int], where: str) -> dict[int, range]:

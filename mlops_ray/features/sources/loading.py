@@ -81,11 +81,11 @@ def open_source(source: Source, events: Path, where: str = "source") -> Batches:
 
         return read_sql(source.sql, where).normalised()
     if source.kafka is not None:
-        from mlops_ray.features.sources.kafka import fetch, kafka_schema
+        from mlops_ray.features.sources.kafka import fetch, fetched_schema
         from mlops_ray.features.sources.log import read_log
 
         fetch(source.kafka, events, where)
-        return read_log(events, kafka_schema(source.kafka), where)
+        return read_log(events, fetched_schema(source.kafka, events), where)
     if source.push is not None:
         from mlops_ray.features.sources.events import event_schema
         from mlops_ray.features.sources.log import read_log
@@ -112,7 +112,9 @@ def clean_source(features: Features, name: str, raw: Path, folder: Path) -> Clea
         found = _checked(source, Batches.from_first(slices), where)
     else:
         found = clean_table(source, before, where)
-    rows = write_table(folder, name, found.batches, found.schema)
+    # What a topic's table tells of the fetch holds whichever rows the function kept.
+    schema = found.schema.with_metadata(before.schema.metadata if source.kafka else None)
+    rows = write_table(folder, name, found.batches, schema)
     after = open_table(table_path(folder, name))
     results = expectations.evaluate(after, source.expectations, where)
     return Cleaned(rows, before.num_rows - rows, tuple(results))

@@ -10,6 +10,7 @@ writing it as an Arrow file under its number.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import struct
 import zlib
@@ -21,6 +22,8 @@ import pyarrow as pa
 
 from mlops_ray.errors import FeatureStoreError, SourceError
 from mlops_ray.features.sources.batches import Batches
+
+logger = logging.getLogger(__name__)
 
 _SEALED, _OPEN = ".arrow", ".log"
 _HEAD = struct.Struct("<II")
@@ -71,11 +74,11 @@ class EventLog:
         """Append events; they are on disk when this returns."""
         if not events.num_rows:
             return
-        if self._file is None:
-            self._open_next()
-        assert self._file is not None
         (batch,) = events.cast(self._schema).combine_chunks().to_batches()
         try:
+            if self._file is None:
+                self._open_next()
+            assert self._file is not None
             self._put(batch.serialize())
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -95,7 +98,13 @@ class EventLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-            self._seal(self._number)
+            try:
+                self._seal(self._number)
+            except OSError:
+                # All of its events are on disk, and are read and sealed from there later.
+                logger.warning(
+                    "a full segment of %s is not sealed yet", self._folder, exc_info=True
+                )
 
     def close(self) -> None:
         """Let another process write to this log."""
