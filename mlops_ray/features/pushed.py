@@ -34,7 +34,7 @@ from mlops_ray.features.sources.events import (
     complete_until,
     event_schema,
 )
-from mlops_ray.features.sources.loading import clean_table
+from mlops_ray.features.sources.loading import clean_file, clean_table
 from mlops_ray.features.sources.log import EventLog, read_log
 from mlops_ray.features.tables import open_table, table_path, write_table
 
@@ -187,9 +187,9 @@ class PushedFeatures:
         for name, source in self._sources.items():
             raw = read_log(self._folder / name, event_schema(source.push or {}))
             write_table(folder, f"{name} raw", raw.batches, raw.schema)
-            events = open_table(table_path(folder, f"{name} raw"))
-            self._last_us = max(self._last_us, complete_until(source, events) or 0)
-            cleaned = clean_table(source, events, f"features.sources.{name}")
+            file = table_path(folder, f"{name} raw")
+            self._last_us = max(self._last_us, complete_until(source, open_table(file)) or 0)
+            cleaned = clean_file(source, file, f"features.sources.{name}")
             write_table(folder, name, cleaned.batches, cleaned.schema)
         pipeline = FeaturePipeline(
             self._features, folder, self._offline, self._online, views=self._views, live=True

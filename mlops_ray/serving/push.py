@@ -17,6 +17,7 @@ from mlops_ray.features.sources.events import check_events
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.serving import applications, runtime
+from mlops_ray.serving.arrow_body import read_stream
 from mlops_ray.serving.asgi import Message, Receive, Send, error_content, read_body, respond
 from mlops_ray.serving.placement import roots_of, runtime_environment
 
@@ -103,10 +104,7 @@ class PushDoor:
 def _parse(body: bytes, kind: bytes, columns: Mapping[str, DType]) -> pa.Table:
     """Return the events of a body. RequestError 400 where it cannot be read, 422 where it is wrong."""
     if kind.partition(b";")[0].strip() == _ARROW:
-        try:
-            return check_events(columns, pa.ipc.open_stream(body).read_all())
-        except (pa.ArrowException, OSError) as error:
-            raise RequestError(f"the body is no Arrow stream: {error}", status=400) from error
+        return check_events(columns, read_stream(body))
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -18,3 +18,9 @@ def fails_late(table: pa.Table) -> pa.Table:
 
 def first_row(table: pa.Table) -> pa.Table:
     return table.slice(0, 1)
+
+
+def four_at_most(table: pa.Table) -> pa.Table:
+    if table.num_rows > 4:
+        raise MemoryError(f"{table.num_rows} rows at once")
+    return table

@@ -19,7 +19,7 @@ from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import open_online
 from mlops_ray.features.pipeline import FeaturePipeline
 from mlops_ray.features.pushed import PushedFeatures
-from mlops_ray.features.sources import clean_table, open_source
+from mlops_ray.features.sources import clean_table, cleaning, open_source
 from mlops_ray.metadata.home import Home
 
 MINUTE_US = 60_000_000
@@ -365,6 +365,20 @@ def test_events_against_an_expectation_of_rows_are_refused(tmp_path: Path) -> No
     till.pushed.commit()
     log = open_source(till.features.sources["payments"], tmp_path / "events" / "payments")
     assert log.read_all().num_rows == 3
+
+
+def test_a_restart_cleans_the_log_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleaning, "CLEAN_ROWS", 4)
+    source = declare().sources["payments"].model_dump(mode="json", exclude_none=True)
+    source["clean"] = "features.cleaners.four_at_most"
+    till = Till(tmp_path, declare(sources={"payments": source}))
+    for number in range(9):
+        event = {"shop": "north", "till": number, "amount": 1.0, "at": from_us(START_US)}
+        assert till.pushed.push("payments", [event]) == 1
+    till.crash()
+    assert till.pushed.push("payments", [event]) == 1
 
 
 def test_available_at_counts_no_earlier_than_received(tmp_path: Path) -> None:

@@ -212,6 +212,27 @@ def test_broken_buffers_are_refused(door: Door, damage: tuple[bytes, bytes]) -> 
     assert (status, door.taken) == (422, []), content
 
 
+@pytest.mark.parametrize(
+    ("table", "options", "field"),
+    [
+        (pa.table({"item": [0] * 100_000}), pa.ipc.IpcWriteOptions(compression="zstd"), None),
+        (pa.table({"item": [0] * 10_000}), pa.ipc.IpcWriteOptions(compression="lz4"), None),
+        (pa.table({"item": pa.nulls(10**9)}), None, "item"),
+        (pa.table({"user": pa.array(["a"] * 9).dictionary_encode()}), None, "user"),
+        (pa.table({"item": [[1], [2]]}), None, "item"),
+    ],
+)
+def test_what_is_larger_than_it_looks_is_refused(
+    door: Door, table: pa.Table, options: Any, field: str | None
+) -> None:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    status, content, _ = door(sink.getvalue(), content_type=ARROW["content-type"])
+    assert (status, door.taken) == (422, []), content
+    assert content["error"].get("field") == field
+
+
 # On a cluster.
 
 

@@ -107,17 +107,24 @@ def clean_source(features: Features, name: str, raw: Path, folder: Path) -> Clea
     """
     source, where = find_source(features, name), f"features.sources.{name}"
     before = open_table(table_path(raw, name))
-    if source.clean is not None and _by_batch(source):
-        slices = clean_slices(source.clean, table_path(raw, name), where)
-        found = _checked(source, Batches.from_first(slices), where)
-    else:
-        found = clean_table(source, before, where)
+    found = clean_file(source, table_path(raw, name), where)
     # What a topic's table tells of the fetch holds whichever rows the function kept.
     schema = found.schema.with_metadata(before.schema.metadata if source.kafka else None)
     rows = write_table(folder, name, found.batches, schema)
     after = open_table(table_path(folder, name))
     results = expectations.evaluate(after, source.expectations, where)
     return Cleaned(rows, before.num_rows - rows, tuple(results))
+
+
+def clean_file(source: Source, file: Path, where: str = "source") -> Batches:
+    """Return what ``clean_table`` does for an Arrow file's rows, streaming where ``clean_by`` allows.
+
+    Pushed events are cleaned a few at a time, as they come in, so always by batch.
+    """
+    by_batch = source.clean_by == "batch" or source.push is not None
+    if source.clean is None or not by_batch:
+        return clean_table(source, open_table(file), where)
+    return _checked(source, Batches.from_first(clean_slices(source.clean, file, where)), where)
 
 
 def clean_table(source: Source, raw: pa.Table, where: str = "source") -> Batches:
@@ -130,11 +137,6 @@ def clean_table(source: Source, raw: pa.Table, where: str = "source") -> Batches
     """
     table = raw if source.clean is None else call(source.clean, {}, where, raw)
     return _checked(source, Batches.of(table), where)
-
-
-def _by_batch(source: Source) -> bool:
-    """Pushed events are cleaned a few at a time, as they come in, so always by batch."""
-    return source.clean_by == "batch" or source.push is not None
 
 
 def _checked(source: Source, cleaned: Batches, where: str) -> Batches:
