@@ -26,6 +26,15 @@ COLUMNS: dict[str, Any] = {
 INSTANT = pa.timestamp("us", tz="UTC")
 
 
+def test_times_finer_than_a_microsecond_and_times_too_far_away() -> None:
+    fine = pa.table({"at": pa.array([-1, 1_999], pa.timestamp("ns"))})
+    taken = check_events(COLUMNS, fine)["at"].cast(pa.int64())
+    assert taken.to_pylist() == [-1, 1]
+    far = pa.table({"at": pa.array([2**62], pa.timestamp("s"))})
+    with pytest.raises(RequestError, match="out of range"):
+        check_events(COLUMNS, far)
+
+
 def test_values_keep_their_types() -> None:
     east = timezone(timedelta(hours=2))
     table = check_events(

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from mlops_ray.config.features import DType, Source
-from mlops_ray.errors import RequestError
-from mlops_ray.features.columns import INSTANT, NO_TIME, instants
+from mlops_ray.errors import RequestError, SchemaError
+from mlops_ray.features.columns import INSTANT, NO_TIME, instants, to_instants
 from mlops_ray.features.definitions import ARROW_TYPES
 
 RECEIVED_AT = "received_at"
@@ -122,8 +122,10 @@ def _cast(name: str, dtype: DType, values: pa.ChunkedArray) -> pa.ChunkedArray:
     if not fits[dtype] and not pa.types.is_null(kind):
         raise _refused(f"must be {_NAMES[dtype]}, is {kind}", name, None)
     try:
-        return values.cast(ARROW_TYPES[dtype], safe=dtype != "timestamp")
-    except pa.ArrowException as error:
+        if dtype == "timestamp":
+            return to_instants(values, name)
+        return values.cast(ARROW_TYPES[dtype])
+    except (pa.ArrowException, SchemaError) as error:
         raise _refused(str(error), name, None) from error
 
 
