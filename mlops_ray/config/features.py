@@ -338,6 +338,11 @@ class Features(Frozen):
             self._known(view.entity, self.entities, f"{where}.entity")
             if view.source is not None:
                 self._known(view.source, self.sources, f"{where}.source")
+                if self.sources[view.source].kafka and view.event_time == "received_at":
+                    raise ValueError(
+                        f"{where}.event_time may not be received_at, which is null in a topic's "
+                        "first run: name kafka_time or one of the columns"
+                    )
             if view.view is not None:
                 self._known(view.view, self.views, f"{where}.view")
         _ = self.view_order

@@ -210,3 +210,18 @@ def test_received_at_does_not_say_when_a_message_was_available() -> None:
     kafka = {"servers": "x", "topic": "t", "columns": COLUMNS}
     with pytest.raises(ValidationError, match="may not be received_at"):
         Source.model_validate({"kafka": kafka, "available_at": "received_at"})
+
+
+def test_received_at_does_not_say_when_a_message_happened() -> None:
+    topic = {"servers": "localhost:9092", "topic": "t", "columns": {"user": "string"}}
+    view = {"entity": "user", "source": "s", "event_time": "received_at", "columns": ["a"]}
+    with pytest.raises(ValidationError, match=r"views\.v\.event_time may not be received_at"):
+        Features.model_validate(
+            {
+                "sources": {"s": {"kafka": topic, "available_at": "kafka_time"}},
+                "entities": {"user": {"keys": {"user": "string"}}},
+                "views": {"v": view},
+                "services": {},
+                "labels": dict.fromkeys(("source", "id", "time", "label", "known_at"), "s"),
+            }
+        )
