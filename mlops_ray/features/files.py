@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.columns import INSTANT, instants
 from mlops_ray.features.definitions import CREATED_TIME, EVENT_TIME
 from mlops_ray.features.keys import key_hash
+from mlops_ray.metadata.files import sync
 
 TAIL = -1
 """The bucket of small files that hold rows of any entity."""
@@ -123,8 +123,8 @@ def write_file(
         compression="lz4",
         use_dictionary=[*dict.fromkeys([*keys, *texts])],
     )
-    _keep(target)
-    _keep(target.parent)
+    sync(target)
+    sync(target.parent)
     return WrittenFile(
         path,
         bucket,
@@ -133,14 +133,6 @@ def write_file(
         _range(rows, EVENT_TIME),
         _range(rows, CREATED_TIME),
     )
-
-
-def _keep(path: Path) -> None:
-    place = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
 
 
 def _check_times(rows: pa.Table, target: Path) -> None:

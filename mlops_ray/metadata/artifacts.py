@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from mlops_ray.config.base import Frozen
 from mlops_ray.errors import ArtifactError
 from mlops_ray.metadata.digest import canonical_json, digest_tree
+from mlops_ray.metadata.files import sync
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,7 +96,7 @@ class ArtifactStore:
             except OSError:
                 if not target.exists():
                     raise
-            _sync_folder(target.parent)
+            sync(target.parent)
         return ArtifactRef(digest=digest, kind=kind, size=size, rows=rows)
 
 
@@ -139,13 +140,4 @@ def _size(path: Path) -> int:
 def _sync(path: Path) -> None:
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(file)

@@ -22,6 +22,7 @@ from pyarrow import ipc
 from mlops_ray.config.features import RequestField
 from mlops_ray.features.definitions import ARROW_TYPES
 from mlops_ray.metadata.delta import LABEL_SCHEMA, Delta, prediction_schema
+from mlops_ray.metadata.files import sync
 from mlops_ray.metadata.profile import Profile
 from mlops_ray.serving.models import Columns, ModelSet
 from mlops_ray.serving.request import Feedback
@@ -254,8 +255,4 @@ def _write_part(path: Path, table: pa.Table) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)

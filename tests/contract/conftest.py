@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from contract import world
+from redis_server import serve
 
 from mlops_ray.config.features import Features
 from mlops_ray.config.features import Online as Settings
@@ -32,35 +29,8 @@ STATUS = {PRESENT: "present", NULL: "null", NOT_FOUND: "not found", EXPIRED: "ex
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Redis server of this session's own."""
-    program = shutil.which("redis-server")
-    if program is None:
-        if os.environ.get("CI"):
-            pytest.fail("redis-server is not installed; run `make servers`")
-        pytest.skip(
-            "redis-server IS NOT INSTALLED: the Redis store is not tested; run `make servers`"
-        )
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
-    server = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL)
-    try:
-        _wait_for(port)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        server.terminate()
-        server.wait(10)
-
-
-def _wait_for(port: int) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            time.sleep(0.02)
-    pytest.fail("the Redis server did not start")
+    for server in serve(tmp_path_factory.mktemp("redis")):
+        yield server.url
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from mlops_ray.errors import FeatureStoreError, SourceError
 from mlops_ray.features.sources.batches import Batches
+from mlops_ray.metadata.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class EventLog:
         self._records = self._bytes = 0
         self._file = (self._folder / _name(self._number, _OPEN)).open("wb")
         self._put(self._schema.serialize())
-        _sync_folder(self._folder)
+        sync(self._folder)
 
     def _put(self, message: pa.Buffer) -> None:
         assert self._file is not None
@@ -146,10 +147,9 @@ def write_segment(folder: Path, number: int, events: pa.Table | Batches) -> int:
         for batch in _whole(events):
             writer.write_batch(batch)
             rows += batch.num_rows
-    with staged.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(staged)
     staged.rename(target)
-    _sync_folder(folder)
+    sync(folder)
     return rows
 
 
@@ -243,11 +243,3 @@ def _lock(folder: Path) -> IO[bytes]:
             fix="send the events to that process: there is one writer for each project",
         ) from error
     return lock
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
