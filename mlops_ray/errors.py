@@ -11,9 +11,11 @@ a Ray worker reads the same in the driver.
     │   ├── SchemaError        a column is missing or has the wrong type
     │   └── ExpectationError   a declared expectation does not hold
     ├── FeatureStoreError      a feature store cannot do what was asked
-    ├── WorkflowError          the graph of steps is wrong
+    ├── WorkflowError          a workflow is declared wrong, or cannot be run now
     ├── StepError              a step raised
     ├── ArtifactError          an artifact is missing or corrupt
+    ├── LedgerError            the ledger cannot be opened, read or written
+    │   └── LeaseError         another process owns what this one wants to write
     ├── TrainingError          a model could not be trained
     ├── RegistryError          a model or version is not in the registry
     ├── ServingError           an endpoint cannot be deployed or reached
@@ -134,6 +136,18 @@ class StepError(MlopsRayError):
 
 class ArtifactError(MlopsRayError):
     """An artifact is missing, or its bytes do not match its digest."""
+
+
+class LedgerError(MlopsRayError):
+    """The ledger cannot be opened, read or written."""
+
+
+class LeaseError(LedgerError):
+    """Another process owns what this one wants to write. ``lease`` is what it holds, if known."""
+
+    def __init__(self, what: str, *, lease: Any = None, **more: str) -> None:
+        super().__init__(what, **more)
+        self.lease = lease
 
 
 class TrainingError(MlopsRayError):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlops_ray.metadata.home import Home
+from mlops_ray.metadata.records import LinkKind
 
 
 class Reporter(Protocol):
@@ -25,6 +26,12 @@ class Reporter(Protocol):
     def event(self, kind: str, **data: Any) -> None:
         """Append a fact to the ledger: a decision with its evidence, a promotion, a trigger."""
 
+    def reads(self, kind: LinkKind, name: str) -> None:
+        """Say for lineage that this step reads something by name: ``view``, ``weather@14``."""
+
+    def writes(self, kind: LinkKind, name: str) -> None:
+        """Say for lineage that this step has made something by name: ``model``, ``flights@7``."""
+
 
 class Silent:
     """A reporter that records nothing: for calling a step as a plain function."""
@@ -39,6 +46,12 @@ class Silent:
         """Record nothing."""
 
     def event(self, kind: str, **data: Any) -> None:
+        """Record nothing."""
+
+    def reads(self, kind: LinkKind, name: str) -> None:
+        """Record nothing."""
+
+    def writes(self, kind: LinkKind, name: str) -> None:
         """Record nothing."""
 
 

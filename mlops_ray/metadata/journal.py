@@ -1,0 +1,87 @@
+"""A queue in front of the ledger: writes that nobody waits for, committed many at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from mlops_ray.metadata.records import Lease, Write
+
+_MOST_AT_ONCE = 2000
+
+
+class Journal:
+    """Writes batches to the ledger in a thread of its own, in order, under a lease.
+
+    While one batch is being committed the next one gathers: many small changes cost one commit. A
+    write counts as durable only after ``flush``. The first error stops the journal and is raised by
+    every later call.
+
+    Args:
+        apply: ``Ledger.apply`` or what stands in for it: takes writes and ``fence``.
+        fence: The lease under which to write; None writes unfenced.
+    """
+
+    def __init__(self, apply: Callable[..., Any], fence: Lease | None) -> None:
+        self._apply = apply
+        self._fence = fence
+        self._changed = threading.Condition()
+        self._waiting: list[Write] = []
+        self._busy = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def write(self, *writes: Write) -> None:
+        """Queue writes.
+
+        Raises:
+            LeaseError: The lease was lost; likewise any other error of an earlier batch.
+        """
+        with self._changed:
+            self._raise()
+            self._waiting += writes
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Return when everything that was written before is durable.
+
+        Raises:
+            LeaseError: The lease was lost; likewise any other error of a batch.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error is not None or not (self._waiting or self._busy)
+            )
+            self._raise()
+
+    def close(self) -> None:
+        """Write what is queued and end the thread. Never raises; call ``flush`` first to know."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting or self._error is not None:
+                    return
+                batch = self._waiting[:_MOST_AT_ONCE]
+                del self._waiting[:_MOST_AT_ONCE]
+                self._busy = True
+            try:
+                self._apply(batch, fence=self._fence)
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
