@@ -13,7 +13,8 @@ a Ray worker reads the same in the driver.
     ├── FeatureStoreError      a feature store cannot do what was asked
     ├── WorkflowError          a workflow is declared wrong, or cannot be run now
     ├── StepError              a step raised
-    ├── ArtifactError          an artifact is missing or corrupt
+    ├── ArtifactError          an artifact is missing or corrupt, or cannot be one
+    │   └── StorageError       the store of artifacts cannot be read or written now
     ├── LedgerError            the ledger cannot be opened, read or written
     │   └── LeaseError         another process owns what this one wants to write
     ├── TrainingError          a model could not be trained
@@ -135,7 +136,18 @@ class StepError(MlopsRayError):
 
 
 class ArtifactError(MlopsRayError):
-    """An artifact is missing, or its bytes do not match its digest."""
+    """An artifact is missing, its bytes do not match its digest, or a value cannot be stored.
+
+    ``digest`` is that of the artifact concerned; None where there is none.
+    """
+
+    def __init__(self, what: str, *, digest: str | None = None, **more: str) -> None:
+        super().__init__(what, **more)
+        self.digest = digest
+
+
+class StorageError(ArtifactError):
+    """The store of artifacts cannot be read or written now: disk full, read-only, unreachable."""
 
 
 class LedgerError(MlopsRayError):

@@ -222,10 +222,10 @@ def manifests(overrides: tuple[str, ...], as_json: bool) -> None:
 @_json
 def expectations(overrides: tuple[str, ...], failed: bool, limit: int, as_json: bool) -> None:
     """Show what was expected of each load of each source, and what was seen, newest first."""
-    from mlops_ray.metadata.ledger import Ledger
+    from mlops_ray.metadata.access import open_ledger
 
     store = open_store(overrides)
-    ledger = Ledger(store.home.ledger_url)
+    ledger = open_ledger(store.home)
     events = ledger.events(project=store.project, kind="expectation")
     chosen = [e for e in reversed(events) if not (failed and e.data["passed"])][:limit]
     if as_json:

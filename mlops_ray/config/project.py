@@ -12,6 +12,7 @@ from mlops_ray.config.features import Features
 from mlops_ray.config.monitoring import Loop, Monitoring, Replay
 from mlops_ray.config.serving import Serving
 from mlops_ray.config.training import Evaluation, Gate, Model, Training, Tuning
+from mlops_ray.config.triggers import Trigger, Webhook
 from mlops_ray.config.workflow import Workflow
 
 
@@ -68,3 +69,7 @@ class Project(Frozen):
     replay: Replay | None = None
     batch: BatchPredict | None = None
     workflow: Workflow
+    triggers: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Trigger] = Field(
+        default_factory=dict
+    )
+    webhook: Webhook = Webhook()

@@ -9,8 +9,8 @@ from typing import Any
 from mlops_ray.errors import MonitoringError
 from mlops_ray.loop.controller import ControllerSpec
 from mlops_ray.loop.state import ControllerState
+from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.package import REFERENCE
 from mlops_ray.metadata.profile import Counts
 from mlops_ray.metadata.types import Report
@@ -27,7 +27,7 @@ class ServeWorld:
     def __init__(self, spec: ControllerSpec) -> None:
         self._spec = spec
         self._home = Home(Path(spec.home))
-        self._ledger = Ledger(self._home.ledger_url)
+        self._ledger = open_ledger(self._home)
         self._client = Client(spec.endpoint)
         self._metrics = MonitorMetrics(spec.project)
         self._references: dict[str, tuple[str, dict[str, Counts]]] = {}

@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
+_THREADS = 8
+_LEAST_AGE_NS = 2_000_000_000
+_ATOMS = (str, int, float, bool, type(None))
 
 
-def digest_bytes(data: bytes) -> str:
+def new_digest() -> Any:
+    """Return the state of a BLAKE2b-256 digest: ``update(bytes)``, ``hexdigest()``."""
+    return hashlib.blake2b(digest_size=32)
+
+
+def digest_bytes(data: bytes | memoryview) -> str:
     """Return the hexadecimal BLAKE2b-256 digest of ``data`` (64 characters)."""
     return hashlib.blake2b(data, digest_size=32).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """Return the digest of a file's bytes, read in pieces."""
-    state = hashlib.blake2b(digest_size=32)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            state.update(chunk)
-    return state.hexdigest()
+    """Return the digest of a file's bytes, read in pieces.
+
+    A file that this process has read before, and that has kept its inode, size and time of change,
+    is not read again.
+    """
+    found = path.stat()
+    if time.time_ns() - found.st_mtime_ns < _LEAST_AGE_NS:
+        # A change within one tick of the file system's clock would not show in its time.
+        return _read_digest(str(path))
+    return _known_digest(str(path), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 16)
+def _known_digest(path: str, _inode: int, _size: int, _changed_ns: int) -> str:
+    return _read_digest(path)
+
+
+def _read_digest(path: str) -> str:
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, new_digest).hexdigest()
 
 
 def digest_tree(path: Path) -> str:
     """Return the digest of a file, or of a folder's relative names and contents."""
-    if path.is_file():
-        return digest_file(path)
-    entries = {
-        str(file.relative_to(path)): digest_file(file)
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
-    return digest_json(entries)
+    return digest_file(path) if path.is_file() else digest_json(file_digests(path))
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the digest of each file below a folder by its relative name."""
+    names = tree_files(folder)
+    if len(names) < 2:
+        return {name: digest_file(folder / name) for name in names}
+    with ThreadPoolExecutor(min(_THREADS, len(names))) as pool:
+        return dict(zip(names, pool.map(lambda n: digest_file(folder / n), names), strict=True))
+
+
+def tree_files(folder: Path) -> list[str]:
+    """Return the relative names of all files below a folder, sorted."""
+    found = (
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )
+    return sorted(os.path.relpath(name, folder) for name in found)
 
 
 def canonical_json(value: Any) -> bytes:
     """Write a JSON value in the one form that equal values share: sorted keys, no spaces.
 
-    Pydantic models, dates, durations, enumerations, paths, tuples and sets are accepted. NaN is kept.
+    Pydantic models, dataclasses, named tuples, dates, durations, enumerations, paths, tuples and
+    sets are accepted. NaN is kept.
+
+    Raises:
+        TypeError: There is something else in it.
     """
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":")).encode()
 
@@ -55,14 +98,24 @@ def digest_json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in _ATOMS:
+        return value
     if isinstance(value, BaseModel):
         return _plain(value.model_dump(mode="json", by_alias=True))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
         return sorted((_plain(item) for item in value), key=str)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(item) for item in value]
+    return _plain_atom(value)
+
+
+def _plain_atom(value: Any) -> Any:
     if isinstance(value, datetime | date):
         return value.isoformat()
     if isinstance(value, timedelta):

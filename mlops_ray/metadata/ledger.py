@@ -158,9 +158,7 @@ class Ledger:
                     lease=held,
                 )
             lease = lease.model_copy(update={"token": held.token + 1})
-            connection.execute(
-                LEASES.update().where(LEASES.c.name == name).values(_encode(lease))
-            )
+            connection.execute(LEASES.update().where(LEASES.c.name == name).values(_encode(lease)))
         return lease
 
     def renew(self, lease: Lease, ttl_s: float) -> Lease:

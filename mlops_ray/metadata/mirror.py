@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from mlops_ray.metadata import tracking
+from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import MIRRORED, Ledger, RunRecord, StepRecord
 
@@ -27,7 +28,7 @@ def mirror(home: Home) -> int:
     Raises:
         mlflow.exceptions.MlflowException: The tracking store refuses. The next call goes on.
     """
-    ledger = Ledger(home.ledger_url)
+    ledger = open_ledger(home)
     pending = ledger.unmirrored()
     if pending:
         client = tracking.connect(home)

@@ -13,7 +13,7 @@ RunStatus = Literal["running", "succeeded", "failed", "interrupted", "cancelled"
 StepStatus = Literal[
     "pending", "running", "succeeded", "cached", "skipped", "failed", "cancelled", "uncertain"
 ]
-FiringStatus = Literal["due", "submitted", "succeeded", "failed", "skipped"]
+FiringStatus = Literal["due", "submitted", "succeeded", "failed", "cancelled", "skipped"]
 LinkKind = Literal["source", "view", "model", "deployment", "artifact"]
 
 MIRRORED = "mirrored"

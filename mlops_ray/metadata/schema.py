@@ -1,8 +1,14 @@
-"""The ledger's tables. Instants are ISO 8601 text in UTC to the microsecond, which sorts as text."""
+"""The ledger's tables. Instants are ISO 8601 text in UTC to the microsecond, which sorts as text.
+
+A change here needs a new revision below ``migrations/versions``, and ``REVISION`` names the newest.
+"""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
+
+REVISION = "0002"
+"""The revision that these tables are."""
 
 METADATA = sa.MetaData()
 
@@ -30,7 +36,7 @@ STEPS = sa.Table(
     sa.Column("item", sa.Integer, primary_key=True, autoincrement=False, server_default="-1"),
     sa.Column("position", sa.Integer, nullable=False, server_default="0"),
     sa.Column("status", sa.String, nullable=False),
-    sa.Column("key", sa.String, index=True),
+    sa.Column("key", sa.String),
     sa.Column("output", sa.Text),
     sa.Column("started_at", sa.String),
     sa.Column("ended_at", sa.String),
@@ -41,12 +47,18 @@ STEPS = sa.Table(
     sa.Column("node", sa.String),
     sa.Column("metrics", sa.Text, nullable=False, server_default="{}"),
     sa.Column("params", sa.Text, nullable=False, server_default="{}"),
+    sa.Index("ix_steps_key", "key", "ended_at"),
 )
 
 EVENTS = sa.Table(
     "events",
     METADATA,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column(
+        "id",
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=True,
+    ),
     sa.Column("at", sa.String, nullable=False),
     sa.Column("project", sa.String, nullable=False, index=True),
     sa.Column("run_id", sa.String, index=True),
@@ -94,4 +106,12 @@ FIRINGS = sa.Table(
     sa.Column("job", sa.String),
     sa.Column("reason", sa.Text, nullable=False, server_default=""),
     sa.Column("data", sa.Text, nullable=False, server_default="{}"),
+)
+
+REQUESTS = sa.Table(
+    "requests",
+    METADATA,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("at", sa.String, nullable=False, index=True),
+    sa.Column("reply", sa.Text, nullable=False),
 )

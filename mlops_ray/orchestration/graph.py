@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
 from mlops_ray.config.workflow import Step, Workflow
 from mlops_ray.errors import ConfigError, Problem
-from mlops_ray.orchestration import references
+from mlops_ray.orchestration.conditions import Condition
+from mlops_ray.orchestration.flattening import Flat, FlatStep, flatten
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A workflow's steps in an order in which they can run.
+    """A workflow's steps in an order in which they can run; nested ones are named ``outer/inner``.
 
-    ``needs`` holds, for each step, the steps whose outputs it takes; ``after`` also those that must
-    merely be over.
+    ``needs`` holds, for each step, the steps whose outputs it or its conditions take; ``after`` also
+    those that must merely be over. ``outputs`` are the declared ones of the whole workflow.
+    ``limits`` say how many tasks may run at once in a scope, see ``scopes``.
     """
 
     workflow: Workflow
     order: tuple[str, ...]
-    needs: dict[str, frozenset[str]]
-    after: dict[str, frozenset[str]]
+    needs: Mapping[str, frozenset[str]]
+    after: Mapping[str, frozenset[str]]
+    outputs: Mapping[str, Any]
+    limits: Mapping[str, int]
+    flat: Mapping[str, FlatStep]
 
     def step(self, name: str) -> Step:
-        """Return the declaration of a step."""
-        return self.workflow.steps[name]
+        """Return the declaration of a step, with references to flattened names."""
+        return self.flat[name].step
+
+    def conditions(self, name: str) -> tuple[Condition, ...]:
+        """Return all conditions that must hold for a step to run: those around it, then its own."""
+        return self.flat[name].conditions
+
+    def path(self, name: str) -> str:
+        """Return the dotted path at which a step is declared."""
+        return self.flat[name].path
+
+    def scopes(self, name: str) -> tuple[str, ...]:
+        """Return the workflows that a step is part of: ``""``, the whole, then the nested ones."""
+        parts = name.split("/")
+        return tuple("/".join(parts[:length]) for length in range(len(parts)))
 
 
 def build(workflow: Workflow) -> Graph:
@@ -35,37 +54,37 @@ def build(workflow: Workflow) -> Graph:
     Raises:
         ConfigError: With every problem: references to steps that do not exist, cycles, no steps.
     """
-    needs = {name: _needs(step) for name, step in workflow.steps.items()}
-    after = {name: needs[name] | set(step.after) for name, step in workflow.steps.items()}
-    problems = [
-        _unknown(name, other, workflow)
-        for name, others in after.items()
-        for other in sorted(others - set(workflow.steps))
-    ]
-    if not workflow.steps:
-        problems.append(Problem("workflow.steps", f"workflow {workflow.name!r} has no steps."))
-    if problems:
-        raise ConfigError(problems)
-    return Graph(workflow, _order(after), needs, after)
+    flat = flatten(workflow)
+    if flat.problems:
+        raise ConfigError(flat.problems)
+    return graph_of(workflow, flat)
 
 
-def _needs(step: Step) -> frozenset[str]:
-    found = {reference.step for reference in references.find(step.inputs)}
-    condition = references.parse(step.when)
-    return frozenset(found | ({condition.step} if condition else set()))
+def graph_of(workflow: Workflow, flat: Flat) -> Graph:
+    """Put the steps of a flat workflow in order.
+
+    Raises:
+        ConfigError: The steps form a cycle.
+    """
+    needs = {
+        name: frozenset(reference.step for reference in item.references())
+        for name, item in flat.steps.items()
+    }
+    after = {name: needs[name] | item.after for name, item in flat.steps.items()}
+    order = _order(after, flat)
+    return Graph(workflow, order, needs, after, flat.outputs, flat.limits, flat.steps)
 
 
-def _order(after: dict[str, frozenset[str]]) -> tuple[str, ...]:
+def _order(after: Mapping[str, frozenset[str]], flat: Flat) -> tuple[str, ...]:
+    position = {name: index for index, name in enumerate(after)}
     try:
-        return tuple(TopologicalSorter(after).static_order())
+        # In the order of the declaration where that is free: a set's own differs between processes.
+        sorter = TopologicalSorter(
+            {n: sorted(o, key=position.__getitem__) for n, o in after.items()}
+        )
+        return tuple(sorter.static_order())
     except CycleError as error:
-        cycle = " → ".join(reversed(error.args[1]))
-        raise ConfigError(
-            [Problem(f"workflow.steps.{error.args[1][0]}", f"the steps form a cycle: {cycle}.")]
-        ) from error
-
-
-def _unknown(name: str, other: str, workflow: Workflow) -> Problem:
-    close = difflib.get_close_matches(other, list(workflow.steps), n=1)
-    hint = f"Did you mean ${close[0]}?" if close else f"Steps are: {', '.join(workflow.steps)}."
-    return Problem(f"workflow.steps.{name}", f"there is no step {other!r}.", hint=hint)
+        names = error.args[1]
+        cycle = " → ".join(reversed(names))
+        problem = Problem(flat.steps[names[0]].path, f"the steps form a cycle: {cycle}.")
+        raise ConfigError([problem]) from error

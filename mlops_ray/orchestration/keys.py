@@ -1,41 +1,126 @@
-"""The key of a step: a digest of its code, its configuration and its inputs."""
+"""The key of a step: a digest of its code, its configuration, its inputs, its environment."""
 
 from __future__ import annotations
 
-import ast
+import importlib.metadata
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from mlops_ray.config import signatures
+from mlops_ray.config.workflow import Environment, Step
 from mlops_ray.metadata.digest import digest_bytes, digest_json
+from mlops_ray.orchestration import references
+from mlops_ray.orchestration.references import Reference
+from mlops_ray.orchestration.symbols import Code, code_of
 
 
-def step_key(target: str, code: str, inputs: Any) -> str:
-    """Return the key.
+@dataclass(frozen=True)
+class StepKey:
+    """A cache key, and what it was made of, so that one can say what changed.
+
+    ``parts``: ``target``, the function; ``code``, the digest of each definition that it reaches;
+    ``inputs``, for each parameter ``{"config": value}`` or ``{"step": name, "digest": …}`` (of a part
+    of an output also ``part``, and ``value`` instead of the digest), by dotted path where a
+    parameter mixes both; ``environment``. ``base`` is the digest of all but what is mapped over.
+    """
+
+    key: str
+    parts: dict[str, Any]
+    base: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a reference stands for: as it counts for the key, and as ``why`` shows it."""
+
+    counts: Any
+    shown: dict[str, Any]
+
+
+def step_key(step: Step, given: Callable[[Reference], Given], packages: tuple[str, ...]) -> StepKey:
+    """Return the key of a step.
 
     Args:
-        target: The dotted name of the step's function.
-        code: The digest of all code that the step runs, see ``code_digest``.
-        inputs: The step's inputs, with outputs of other steps replaced by their digests.
+        step: The step, flattened: its references name steps.
+        given: What a reference stands for.
+        packages: Packages whose code counts.
     """
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return digest_json({"target": target, "code": code, "inputs": inputs, "python": python})
+    assert step.uses is not None
+    code = code_with_inputs(step.uses, step.inputs, packages)
+    environment = environment_of(step.environment)
+    material = {
+        "target": step.uses,
+        "code": code.digest,
+        "inputs": references.replace(step.inputs, lambda reference: given(reference).counts),
+        "environment": environment,
+    }
+    base = key = digest_json(material)
+    if step.map:
+        mapped = references.replace(step.map, lambda reference: given(reference).counts)
+        key = digest_json({"base": base, "map": mapped})
+    parts = {
+        "target": step.uses,
+        "code": dict(code.symbols),
+        "inputs": dict(_shown({**step.inputs, **step.map}, given)),
+        "environment": environment,
+    }
+    return StepKey(key, parts, base)
+
+
+def item_key(parent: StepKey, elements: Mapping[str, Any]) -> StepKey:
+    """Return the key of one call of a mapped step.
+
+    Args:
+        parent: The step's key.
+        elements: What each mapped parameter gets, as it counts: digests or plain values. Equal calls
+            have one key, whatever else is in the lists.
+    """
+    given = dict(elements)
+    key = digest_json({"base": parent.base, "elements": given})
+    return StepKey(key, {"call_of": parent.key, "elements": given}, parent.base)
 
 
 def code_digest(target: str, inputs: Any, packages: Iterable[str]) -> str:
-    """Digest the modules that a step reaches by imports inside ``packages``.
+    """Digest the definitions that a function reaches inside ``packages``, and those that its inputs
+    mention by dotted name. Comments and formatting do not count; docstrings do."""
+    return code_with_inputs(target, inputs, tuple(packages)).digest
 
-    Followed are the imports of the step's own module and of the modules of every dotted name that
-    its inputs mention. Comments and formatting do not count; docstrings do.
+
+def code_with_inputs(target: str, inputs: Any, packages: tuple[str, ...]) -> Code:
+    """Return the code that a function reaches together with that of the names in its inputs."""
+    named = dict.fromkeys([target, *_dotted_names(inputs, packages)])
+    return code_of(tuple(named), packages)
+
+
+def environment_of(environment: Environment) -> dict[str, Any]:
+    """Return what of the environment counts: Python, the declared packages, variables, runtime.
+
+    Of variables only digests are kept, since they may be secrets.
     """
-    allowed = tuple(packages)
-    start = {target.rpartition(".")[0]}
-    start |= {name.rpartition(".")[0] for name in _dotted_names(inputs, allowed)}
-    modules = _closure(frozenset(start), allowed)
-    return digest_json({module: _module_digest(module) for module in sorted(modules)})
+    found: dict[str, Any] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    if environment.packages:
+        found["packages"] = {name: _installed(name) for name in environment.packages}
+    if environment.variables:
+        found["variables"] = {name: _value_digest(name) for name in environment.variables}
+    if environment.runtime:
+        found["runtime"] = environment.runtime
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _value_digest(name: str) -> str | None:
+    value = os.environ.get(name)
+    return None if value is None else digest_bytes(value.encode())
 
 
 def _dotted_names(value: Any, packages: tuple[str, ...]) -> Iterator[str]:
@@ -50,55 +135,16 @@ def _dotted_names(value: Any, packages: tuple[str, ...]) -> Iterator[str]:
             yield from _dotted_names(item, packages)
 
 
-def _closure(start: frozenset[str], packages: tuple[str, ...]) -> set[str]:
-    found: set[str] = set()
-    waiting = list(start)
-    while waiting:
-        module = waiting.pop()
-        if module in found:
-            continue
-        file = signatures.module_file(module)
-        if file is None:
-            continue
-        found.add(module)
-        waiting += [name for name in _imports(file, module) if _inside(name, packages)]
-    return found
-
-
-def _inside(module: str, packages: tuple[str, ...]) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-def _imports(file: Path, module: str) -> list[str]:
-    return _imports_at(file, module, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _imports_at(file: Path, module: str, _changed_ns: int) -> list[str]:
-    names: list[str] = []
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = _absolute(node, package)
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return names
-
-
-def _absolute(node: ast.ImportFrom, package: str) -> str:
-    if node.level == 0:
-        return node.module or ""
-    parent = package.split(".")[: len(package.split(".")) - node.level + 1]
-    return ".".join([*parent, *([node.module] if node.module else [])])
-
-
-def _module_digest(module: str) -> str:
-    file = signatures.module_file(module)
-    assert file is not None
-    return _digest_at(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _digest_at(file: Path, _changed_ns: int) -> str:
-    return digest_bytes(ast.unparse(ast.parse(file.read_bytes())).encode())
+def _shown(
+    value: Any, given: Callable[[Reference], Given], path: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield path and origin of each input, cut up only where it mixes values and references."""
+    reference = references.parse(value)
+    if reference is not None:
+        yield path, given(reference).shown
+    elif path and next(references.find(value), None) is None:
+        yield path, {"config": value}
+    else:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _shown(item, given, f"{path}.{key}" if path else str(key))

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_REFERENCE = re.compile(r"^\$([A-Za-z_]\w*)((?:\.\w+)*)$")
+NAME = r"[A-Za-z_]\w*"
+_REFERENCE = re.compile(rf"\$({NAME}(?:/{NAME})*)((?:\.\w+)*)")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The output of ``step``, or the part of it that ``path`` leads to."""
+    """The output of ``step``, or the part of it that ``path`` leads to.
+
+    A step of a nested workflow is named ``outer/inner`` once the workflow is flattened.
+    """
 
     step: str
     path: tuple[str, ...] = ()
@@ -26,19 +30,28 @@ class Reference:
         Raises:
             KeyError: The output has no such part.
         """
-        for part in self.path:
-            if isinstance(output, list) and part.isdigit() and int(part) < len(output):
-                output = output[int(part)]
-            elif isinstance(output, dict) and part in output:
-                output = output[part]
-            else:
-                raise KeyError(part)
-        return output
+        return select(output, self.path)
+
+
+def select(value: Any, path: tuple[str, ...]) -> Any:
+    """Follow a path of keys and positions into a JSON value.
+
+    Raises:
+        KeyError: There is no such part; holds the first name that leads nowhere.
+    """
+    for part in path:
+        if isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            raise KeyError(part)
+    return value
 
 
 def parse(value: Any) -> Reference | None:
     """Return the reference that a value is, or None."""
-    match = _REFERENCE.match(value) if isinstance(value, str) else None
+    match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
     return Reference(match[1], tuple(match[2].split(".")[1:])) if match else None
 
 

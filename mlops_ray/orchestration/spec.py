@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -9,10 +10,11 @@ from typing import Any, Self
 from mlops_ray.config.check import allowed_packages
 from mlops_ray.config.project import Project
 from mlops_ray.config.workflow import Workflow
+from mlops_ray.metadata.artifacts import ArtifactRef
 from mlops_ray.metadata.digest import digest_json
 from mlops_ray.metadata.home import Home
 
-_NOT_OF_THE_RESULT = {"home", "cluster"}
+_NOT_OF_THE_RESULT = {"home", "cluster", "triggers", "webhook"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class RunSpec:
         roots: Folders that hold the project's code.
         command: How to run a workflow of this project again, see ``Context``.
         reason: Who or what asked for the run.
+        given: Steps that are not run: their outputs, which are in the home's store, are facts.
+        only: The steps that are wanted, with what they need; empty: all.
     """
 
     project: str
@@ -44,10 +48,12 @@ class RunSpec:
     roots: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     reason: str = "by hand"
+    given: Mapping[str, ArtifactRef] = field(default_factory=dict)
+    only: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, project: Project, **given: Any) -> Self:
-        """Return the spec of a project as it is configured; ``given`` are the other fields."""
+    def of(cls, project: Project, **more: Any) -> Self:
+        """Return the spec of a project as it is configured; ``more`` are the other fields."""
         return cls(
             project=project.name,
             workflow=project.workflow,
@@ -56,7 +62,7 @@ class RunSpec:
             config_digest=config_digest(project),
             seed=project.seed,
             packages=packages_of(project),
-            **given,
+            **more,
         )
 
     @property

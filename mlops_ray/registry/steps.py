@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.digest import canonical_json
-from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.types import ModelVersion, Report
 from mlops_ray.orchestration.context import Context
 from mlops_ray.registry.registry import Registry
@@ -46,7 +46,7 @@ def register(
 
 def provenance(context: Context) -> dict[str, str]:
     """Return what the ledger knows of the run's origin, under the registry's lineage keys."""
-    ledger = Ledger(context.home.ledger_url)
+    ledger = open_ledger(context.home)
     try:
         run = ledger.run(context.run_id)
     finally:

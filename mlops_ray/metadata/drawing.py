@@ -1,0 +1,215 @@
+"""A lineage as a picture: one SVG file that needs nothing else, light or dark as its reader is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from html import escape
+from typing import Any
+
+from mlops_ray.metadata.layout import Layout, arrange
+from mlops_ray.metadata.lineage import Lineage, Node
+
+_CARD_WIDTH = 176.0
+_CARD_HEIGHT = 42.0
+_OUTPUT_HEIGHT = 18.0
+_GAP_X = 72.0
+_GAP_Y = 16.0
+_MARGIN = 32.0
+_TOP = 92.0
+_LEAST_WIDTH = 700.0
+_TITLE_LETTERS = 22
+_DETAIL_LETTERS = 30
+_KINDS = {
+    "source": "source",
+    "view": "feature view",
+    "step": "step",
+    "artifact": "artifact",
+    "model": "model",
+    "deployment": "deployment",
+}
+_STYLE = """
+svg { --paper: #ffffff; --ink: #1b2430; --faint: #6b7684; --line: #b8c1cc; --card: #ffffff;
+  --source: #0e7c86; --view: #2f855a; --step: #51606f; --artifact: #b7791f; --model: #6b46c1;
+  --deployment: #c05621; --strip: #f7f2e6;
+  font-family: ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+@media (prefers-color-scheme: dark) { svg { --paper: #12171e; --ink: #e8edf3; --faint: #95a1af;
+  --line: #3d4855; --card: #1b222b; --source: #4fd1d9; --view: #68d391; --step: #a7b4c2;
+  --artifact: #ecc94b; --model: #b794f4; --deployment: #f6ad55; --strip: #262a2a; } }
+.paper { fill: var(--paper); }
+.title { font-size: 19px; font-weight: 650; fill: var(--ink); }
+.said, .legend { font-size: 12px; fill: var(--faint); }
+.edge { fill: none; stroke: var(--line); stroke-width: 1.5; }
+.tip { fill: var(--line); }
+.card { fill: var(--card); stroke: var(--line); }
+.start .card { stroke: var(--own); stroke-width: 2.5; }
+.bar { fill: var(--own); }
+.strip { fill: var(--strip); }
+.name { font-size: 13px; font-weight: 600; fill: var(--ink); }
+.detail { font-size: 10.5px; fill: var(--faint); }
+.made { font-size: 10.5px; fill: var(--artifact); font-family: ui-monospace, Menlo, monospace; }
+.node:hover .card { stroke: var(--own); }
+""" + "".join(f".{kind} {{ --own: var(--{kind}); }}\n" for kind in _KINDS)
+
+
+def draw(
+    lineage: Lineage,
+    title: str,
+    starts: Collection[str] = (),
+    addresses: Mapping[str, str] | None = None,
+) -> str:
+    """Return an SVG document: what was used on the left, what came of it on the right.
+
+    The same lineage gives the same bytes. Pointing at a node shows what is known of it.
+
+    Args:
+        lineage: What to draw; artifacts are told on the cards of the steps that made them.
+        title: The heading.
+        starts: Nodes to emphasise.
+        addresses: Where a click on a node leads, by its id.
+    """
+    shown = lineage.folded()
+    heights = {name: _height(node) + _GAP_Y for name, node in shown.nodes.items()}
+    layout = arrange(shown.nodes, shown.edges, heights)
+    marked = {f"step:{s.partition(':')[2]}" if s.startswith("artifact:") else s for s in starts}
+    parts = [
+        *(_edge(shown.nodes, layout, edge) for edge in sorted(shown.edges)),
+        *(
+            _node(node, layout.places[name], name in marked, (addresses or {}).get(name))
+            for name, node in sorted(shown.nodes.items())
+        ),
+    ]
+    width = 2 * _MARGIN + layout.layers * (_CARD_WIDTH + _GAP_X) - _GAP_X
+    return _document(title, shown, parts, max(width, _LEAST_WIDTH), layout.height)
+
+
+def _document(
+    title: str, shown: Lineage, parts: list[str], width: float, layout_height: float
+) -> str:
+    height = _TOP + layout_height + _MARGIN
+    count = (
+        f"{len(shown.nodes)} nodes, {len(shown.edges)} edges; made on the left, used to the right"
+    )
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{_STYLE}</style>",
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+        'markerHeight="7" orient="auto"><path class="tip" d="M0 0L8 4L0 8Z"/></marker></defs>',
+        f'<rect class="paper" width="{width:g}" height="{height:g}"/>',
+        f'<text class="title" x="{_MARGIN:g}" y="36">{escape(title)}</text>',
+        f'<text class="said" x="{_MARGIN:g}" y="56">{count}</text>',
+        _legend(shown, width),
+    ]
+    return "\n".join([*head, *parts, "</svg>", ""])
+
+
+def _legend(shown: Lineage, width: float) -> str:
+    present = {node.kind for node in shown.nodes.values()}
+    if any("output" in node.detail for node in shown.nodes.values()):
+        present.add("artifact")
+    kinds = [kind for kind in _KINDS if kind in present]
+    parts, x = [], _MARGIN
+    for kind in kinds:
+        parts.append(
+            f'<g class="{kind}"><rect class="bar" x="{x:g}" y="68" width="10" height="10" rx="2"/>'
+            f'<text class="legend" x="{x + 15:g}" y="77">{_KINDS[kind]}</text></g>'
+        )
+        x += 30 + 6.6 * len(_KINDS[kind])
+    return "".join(parts)
+
+
+def _node(node: Node, place: tuple[int, float], start: bool, address: str | None) -> str:
+    height = _height(node)
+    x, top = _left(place[0]), _TOP + place[1] - height / 2
+    body = [
+        f'<rect class="card" width="{_CARD_WIDTH:g}" height="{height:g}" rx="7"/>',
+        f'<path class="bar" d="M7 0H5A5 5 0 0 0 0 5V{height - 5:g}A5 5 0 0 0 5 {height:g}H7Z"/>',
+        f'<text class="name" x="16" y="18">{escape(_short(node.name, _TITLE_LETTERS))}</text>',
+        f'<text class="detail" x="16" y="33">{escape(_subtitle(node))}</text>',
+    ]
+    if "output" in node.detail:
+        body.append(_strip(node.detail["output"], height))
+    told = escape("\n".join([node.id, *_lines(node.detail)]))
+    group = (
+        f'<g class="node {node.kind}{" start" if start else ""}" '
+        f'transform="translate({x:g} {top:.1f})"><title>{told}</title>{"".join(body)}</g>'
+    )
+    return f'<a href="{escape(address)}">{group}</a>' if address else group
+
+
+def _strip(output: Mapping[str, Any], height: float) -> str:
+    top = height - _OUTPUT_HEIGHT
+    right, low = _CARD_WIDTH - 0.75, height - 0.75
+    shape = f"M7 {top:g}H{right:g}V{low - 6:g}A6 6 0 0 1 {right - 6:g} {low:g}H7Z"
+    return (
+        f'<path class="strip" d="{shape}"/>'
+        f'<text class="made" x="16" y="{height - 5.5:g}">{escape(describe_output(output))}</text>'
+    )
+
+
+def _edge(nodes: Mapping[str, Node], layout: Layout, edge: tuple[str, str]) -> str:
+    """Draw a smooth line from the right side of one card to the left side of another."""
+    route = layout.routes[edge]
+    (first, first_y), (last, last_y) = route[0], route[-1]
+    if last < first:
+        points = [(_left(first), first_y), (_left(last) + _CARD_WIDTH, last_y)]
+    else:
+        points = [(_left(first) + _CARD_WIDTH, first_y)]
+        for layer, y in route[1:-1]:
+            points += [(_left(layer), y), (_left(layer) + _CARD_WIDTH, y)]
+        points.append((_left(last), last_y))
+    path = f"M{points[0][0]:g} {_TOP + points[0][1]:.1f}"
+    for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
+        half = (x + to_x) / 2
+        path += f"C{half:g} {_TOP + y:.1f} {half:g} {_TOP + to_y:.1f} {to_x:g} {_TOP + to_y:.1f}"
+    told = f"{nodes[edge[0]].name} → {nodes[edge[1]].name}"
+    return (
+        f'<path class="edge" d="{path}" marker-end="url(#tip)"><title>{escape(told)}</title></path>'
+    )
+
+
+def _height(node: Node) -> float:
+    return _CARD_HEIGHT + (_OUTPUT_HEIGHT if "output" in node.detail else 0.0)
+
+
+def _left(layer: int) -> float:
+    return _MARGIN + layer * (_CARD_WIDTH + _GAP_X)
+
+
+def _subtitle(node: Node) -> str:
+    if node.kind == "step":
+        return _short(f"{node.detail['workflow']} · {node.detail['run']}", _DETAIL_LETTERS)
+    return _short(
+        f"{_KINDS[node.kind]} · {node.detail['project']}"
+        if "project" in node.detail
+        else _KINDS[node.kind],
+        _DETAIL_LETTERS,
+    )
+
+
+def describe_output(output: Mapping[str, Any]) -> str:
+    """Return an artifact in a few words: ``table 3f9a0c12 1.2 MiB``."""
+    return f"{output['kind']} {str(output['digest'])[:8]} {_bytes(int(output['size']))}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _short(text: str, letters: int) -> str:
+    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+
+
+def _lines(detail: Mapping[str, Any], path: str = "") -> list[str]:
+    found: list[str] = []
+    for name, value in detail.items():
+        if isinstance(value, Mapping):
+            found += _lines(value, f"{path}{name}.")
+        elif value is not None:
+            found.append(f"{path}{name}: {value}")
+    return found
