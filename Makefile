@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup servers demo demo-quick test lint types imports unit bench-quick format lock clean
 
 help:
-	@echo "make setup       virtual environment in $(VENV), everything installed as locked; Redis for the tests"
+	@echo "make setup       virtual environment in $(VENV), everything installed as locked; servers for the tests"
 	@echo "make demo        the whole loop on a year of flights (about a quarter of an hour)"
 	@echo "make demo-quick  the same on one airport and one quarter (a few minutes)"
 	@echo "make test        lint, types, import contract, all tests"
@@ -15,7 +15,7 @@ help:
 
 setup: $(READY) servers
 
-# Redis, which some tests and benchmarks run against; elsewhere nothing needs it.
+# Redis and PostgreSQL, which some tests and benchmarks run against; elsewhere nothing needs them.
 servers:
 	@sh setup/servers.sh
 

@@ -121,11 +121,9 @@ def main() -> None:
     os.environ |= {"DAGSTER_HOME": str(folder), "DAGSTER_DISABLE_TELEMETRY": "1"}
     (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     logging.disable(logging.INFO)
-    start = 0
     with DagsterInstance.get() as instance:
-        for line in sys.stdin:
+        for start, line in enumerate(sys.stdin):
             what, count = json.loads(line)
-            start += 1
             print("answer", run(instance, executor, what, count, start), flush=True)
 
 

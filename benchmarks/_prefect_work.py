@@ -79,10 +79,8 @@ def expected(what: str, count: int, start: int) -> int:
 def main() -> None:
     os.environ.update(settings(sys.argv[1]))
     known: dict[str, Any] = flows()
-    start = 0
-    for line in sys.stdin:
+    for start, line in enumerate(sys.stdin):
         what, count = json.loads(line)
-        start += 1
         began = time.perf_counter()
         made = known[what](count, start)
         seconds = time.perf_counter() - began

@@ -1,10 +1,18 @@
 #!/bin/sh
-# Installs the servers that tests and benchmarks start for themselves: Redis. Does nothing where it
-# is there. They are only installed, never left running as a service.
+# Installs the servers that tests and benchmarks start for themselves: Redis and PostgreSQL. Does
+# nothing where they are there. They are only installed, never left running as a service.
 set -eu
 
-if command -v redis-server >/dev/null 2>&1; then
-  echo "servers: $(redis-server --version | cut -d' ' -f1-3), already installed"
+# Debian keeps PostgreSQL's server out of the path.
+has_postgres() {
+  command -v initdb >/dev/null 2>&1 || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1
+}
+
+missing=
+command -v redis-server >/dev/null 2>&1 || missing="redis-server"
+has_postgres || missing="$missing postgresql"
+if [ -z "$missing" ]; then
+  echo "servers: redis-server and postgresql, already installed"
   exit 0
 fi
 
@@ -15,13 +23,13 @@ if [ "$(id -u)" -ne 0 ]; then
   if [ -n "${CI:-}" ] && sudo -n true 2>/dev/null; then as_root="sudo -n"; fi
 fi
 if ! command -v apt-get >/dev/null 2>&1 || [ "$as_root" = none ]; then
-  echo "servers: redis-server is not installed, and this is not root on Debian or Ubuntu: install it" \
-    "by your system's means (for instance: sudo apt-get install redis-server). Without it, what" \
-    "needs Redis is skipped."
+  echo "servers: not installed:" $missing"; this is not root on Debian or Ubuntu: install them by" \
+    "your system's means (for instance: sudo apt-get install" $missing"). Without them, what needs" \
+    "them is skipped."
   exit 0
 fi
 
-echo "servers: installing redis-server with apt-get"
+echo "servers: installing" $missing "with apt-get"
 # Debian starts a service after installing it, unless this says no.
 policy=/usr/sbin/policy-rc.d
 made=
@@ -32,6 +40,7 @@ if [ ! -e "$policy" ]; then
 fi
 trap '[ -z "$made" ] || $as_root rm -f "$policy"' EXIT
 $as_root apt-get update -qq
+# shellcheck disable=SC2086
 $as_root env DEBIAN_FRONTEND=noninteractive \
-  apt-get install -y -qq --no-install-recommends redis-server >/dev/null
-echo "servers: $(redis-server --version | cut -d' ' -f1-3) installed"
+  apt-get install -y -qq --no-install-recommends $missing >/dev/null
+echo "servers: installed" $missing

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import postgres_server
 import pytest
+from postgres_server import PostgresServer
 
 from mlops_ray.cluster.connect import prepare_environment
 from mlops_ray.metadata.home import Home
@@ -35,6 +37,12 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One PostgreSQL server for all tests of the session; each makes a database of its own."""
+    yield from postgres_server.serve()
 
 
 @pytest.fixture

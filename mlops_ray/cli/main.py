@@ -39,7 +39,10 @@ class Verbs(click.Group):
         "submit": "mlops_ray.cli.workflow:submit",
         "features": "mlops_ray.cli.features:features",
         "status": "mlops_ray.cli.status:status",
+        "logs": "mlops_ray.cli.logs:logs",
         "models": "mlops_ray.cli.models:models",
+        "lineage": "mlops_ray.cli.lineage:lineage",
+        "reproduce": "mlops_ray.cli.reproduce:reproduce",
         "doctor": "mlops_ray.cli.doctor:doctor",
     }
 

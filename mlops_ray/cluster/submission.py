@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import shlex
@@ -16,7 +15,7 @@ from urllib.parse import urlparse
 from mlops_ray.cluster.connect import prepare_environment
 from mlops_ray.config.locate import default_home
 from mlops_ray.errors import ClusterError
-from mlops_ray.metadata.provenance import SOURCE_VARIABLE, source_state
+from mlops_ray.metadata.changes import shipped
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _EXCLUDES = (".git", ".venv", ".mlops-ray*", "**/__pycache__", "outputs", "multirun")
@@ -50,11 +49,14 @@ def submit(
     client = _client(address)
     local = urlparse(address).hostname in ("127.0.0.1", "localhost", "::1")
     try:
-        submitted = client.submit_job(
-            entrypoint=shlex.join([sys.executable if local else "python", *_command(overrides)]),
-            runtime_env=_runtime_environment(directory, local),
-            submission_id=job_id,
-        )
+        with shipped(directory) as source:
+            submitted = client.submit_job(
+                entrypoint=shlex.join(
+                    [sys.executable if local else "python", *_command(overrides)]
+                ),
+                runtime_env=_runtime_environment(directory, local, source),
+                submission_id=job_id,
+            )
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise _refused(address, error) from error
     if echo is None:
@@ -67,8 +69,8 @@ def _command(overrides: list[str]) -> list[str]:
     return ["-m", "mlops_ray", "run", *overrides]
 
 
-def _runtime_environment(directory: Path, local: bool) -> dict[str, Any]:
-    variables = {"PYTHONUNBUFFERED": "1", SOURCE_VARIABLE: json.dumps(source_state(directory))}
+def _runtime_environment(directory: Path, local: bool, source: dict[str, str]) -> dict[str, Any]:
+    variables = {"PYTHONUNBUFFERED": "1"} | source
     if local:
         variables["MLOPS_RAY_HOME"] = str(default_home())
     return {"working_dir": str(directory), "excludes": list(_EXCLUDES), "env_vars": variables}

@@ -6,7 +6,8 @@ import difflib
 import inspect
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -15,6 +16,8 @@ from mlops_ray.config import signatures
 from mlops_ray.config.compose import Composed, compose
 from mlops_ray.config.locate import Workspace, default_home
 from mlops_ray.config.project import Project
+from mlops_ray.config.workflow import Workflow
+from mlops_ray.config.trigger_check import trigger_problems
 from mlops_ray.errors import ConfigError, Problem
 
 OWN_PACKAGE = "mlops_ray"
@@ -24,12 +27,27 @@ _GIVEN_BY_TRAINER = frozenset({"num_numeric", "cardinalities"})
 _GIVEN_BY_RUN = frozenset({"context"})
 
 
-def load_project(workspace: Workspace, overrides: list[str]) -> Project:
-    """Compose and check a project.
+@dataclass
+class Findings:
+    """Problems, with which nothing can run, and warnings."""
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+
+WorkflowCheck = Callable[[Workflow, tuple[str, ...]], Findings]
+"""Checks a workflow given the packages that dotted names may point into; see ``orchestration``."""
+
+
+def load_project(
+    workspace: Workspace, overrides: list[str], check_workflow: WorkflowCheck
+) -> tuple[Project, list[Problem]]:
+    """Compose and check a project; return it with warnings.
 
     Raises:
         ConfigError: With every problem found: unknown keys, wrong types and values, dotted names
-            that are not allowed or do not exist, arguments that a step or model does not take.
+            that are not allowed or do not exist, arguments that a step or model does not take, what
+            ``check_workflow`` finds.
     """
     composed = compose(workspace, overrides)
     values = composed.values
@@ -44,10 +62,40 @@ def load_project(workspace: Workspace, overrides: list[str]) -> Project:
         problems += _schema_problems(error, composed)
     if project is not None:
         problems += _reference_problems(project, composed)
+    found = _workflow_findings(composed, check_workflow)
+    problems += found.problems
     if problems:
         raise ConfigError(sorted(problems, key=lambda problem: (problem.file, problem.line or 0)))
     assert project is not None
-    return project
+    return project, found.warnings
+
+
+def check_declared(workflow: Workflow, composed: Composed, check_workflow: WorkflowCheck) -> None:
+    """Check a workflow that was declared in Python. ``composed`` holds it as values, with the packages
+    and the origin of each path.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    problems = [*_target_problems(composed), *_call_problems(composed)]
+    problems += _workflow_findings(composed, check_workflow).problems
+    if problems:
+        raise ConfigError(sorted(problems, key=lambda problem: (problem.file, problem.line or 0)))
+
+
+def _workflow_findings(composed: Composed, check_workflow: WorkflowCheck) -> Findings:
+    """Check the workflow, whatever is wrong with the rest of the configuration."""
+    try:
+        workflow = Workflow.model_validate(composed.values.get("workflow"))
+    except ValidationError:
+        return Findings()  # the schema's problems say so
+    found = check_workflow(workflow, tuple(allowed_packages(composed.values)))
+
+    def place(problem: Problem) -> Problem:
+        file, line = composed.origin(problem.path)
+        return replace(problem, file=file, line=line)
+
+    return Findings([*map(place, found.problems)], [*map(place, found.warnings)])
 
 
 def allowed_packages(values: dict[str, Any]) -> list[str]:
@@ -144,39 +192,61 @@ def _strip(annotation: Any) -> Any:
     return annotation
 
 
-def _calls(values: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], frozenset[str]]]:
-    """Yield path, target, arguments and implied arguments of each step and of the model."""
-    steps = (values.get("workflow") or {}).get("steps") or {}
-    for name, step in steps.items():
-        if isinstance(step, dict) and isinstance(step.get("with", {}), dict):
-            path = f"workflow.steps.{name}.with"
-            yield path, str(step.get("uses", "")), step.get("with", {}), _GIVEN_BY_RUN
+@dataclass(frozen=True)
+class _Call:
+    """Something that will be called: where it is declared, with what, and what is added then."""
+
+    path: str
+    target: str
+    given: dict[str, Any]
+    implied: frozenset[str]
+
+
+def _calls(values: dict[str, Any]) -> Iterator[_Call]:
+    """Yield the calls of steps and of the model."""
+    yield from _step_calls(values.get("workflow"), "workflow")
     model = values.get("model")
     if isinstance(model, dict):
         arguments = {name: value for name, value in model.items() if name != "_target_"}
-        yield "model", str(model.get("_target_", "")), arguments, _GIVEN_BY_TRAINER
+        yield _Call("model", str(model.get("_target_", "")), arguments, _GIVEN_BY_TRAINER)
+
+
+def _step_calls(workflow: Any, path: str) -> Iterator[_Call]:
+    steps = workflow.get("steps") if isinstance(workflow, dict) else None
+    for name, step in (steps or {}).items():
+        if not isinstance(step, dict):
+            continue
+        here = f"{path}.steps.{name}"
+        if step.get("workflow") is not None:
+            yield from _step_calls(step["workflow"], f"{here}.workflow")
+        elif isinstance(step.get("with", {}), dict):
+            mapped = step.get("map") or {}
+            implied = _GIVEN_BY_RUN | set(mapped if isinstance(mapped, dict) else ())
+            given = step.get("with") or {}
+            yield _Call(f"{here}.with", str(step.get("uses", "")), given, implied)
 
 
 def _call_problems(composed: Composed) -> Iterator[Problem]:
     """Check what is passed to steps and to the model against what they take."""
     packages = allowed_packages(composed.values)
-    for path, target, given, implied in _calls(composed.values):
-        signature = signatures.find(target) if is_allowed(target, packages) else None
+    for call in _calls(composed.values):
+        allowed = is_allowed(call.target, packages)
+        signature = signatures.find(call.target) if allowed else None
         if signature is None or signature.open:
             continue
-        takes = [name for name in signature.parameters if name not in implied]
-        for name in given:
-            if name not in takes:
-                file, line = composed.origin(f"{path}.{name}")
-                hint = _did_you_mean(name, takes) or f"{target} takes: {', '.join(takes)}."
-                yield Problem(f"{path}.{name}", "unknown key.", file, line, hint)
-            elif given[name] is None and name in signature.never_none:
-                file, line = composed.origin(f"{path}.{name}")
-                what = f"{target} needs a value here, and it is null."
-                yield Problem(f"{path}.{name}", what, file, line)
-        for name in sorted(signature.required - set(given) - implied):
+        takes = [name for name in signature.parameters if name not in call.implied]
+        for name, value in call.given.items():
+            path = f"{call.path}.{name}"
             file, line = composed.origin(path)
-            yield Problem(path, f"{target} needs {name!r}.", file, line)
+            if name not in takes:
+                hint = _did_you_mean(name, takes) or f"{call.target} takes: {', '.join(takes)}."
+                yield Problem(path, "unknown key.", file, line, hint)
+            elif value is None and name in signature.never_none:
+                what = f"{call.target} needs a value here, and it is null."
+                yield Problem(path, what, file, line)
+        for name in sorted(signature.required - set(call.given) - call.implied):
+            file, line = composed.origin(call.path)
+            yield Problem(call.path, f"{call.target} needs {name!r}.", file, line)
 
 
 def _reference_problems(project: Project, composed: Composed) -> Iterator[Problem]:

@@ -28,11 +28,15 @@ _PRIMARY = "config"
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed configuration: plain values, and for each dotted path its file and line."""
+    """A composed configuration: plain values, and for each dotted path its file and line.
+
+    ``groups`` are the names of all config groups, ``workflows`` those of the group ``workflow``.
+    """
 
     values: dict[str, Any]
     origins: dict[str, tuple[str, int | None]] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
+    workflows: tuple[str, ...] = ()
 
     def origin(self, path: str) -> tuple[str, int | None]:
         """Return file and line of the longest known prefix of ``path``; ("", None) without one."""
@@ -70,7 +74,8 @@ def compose(workspace: Workspace, overrides: list[str]) -> Composed:
     for override in parsed:
         origins[override.key_or_group] = (COMMAND_LINE, None)
     groups = tuple(loader.list_groups(""))
-    return Composed(_plain(config, origins), origins, groups)
+    workflows = tuple(loader.get_group_options("workflow"))
+    return Composed(_plain(config, origins), origins, groups, workflows)
 
 
 def sweep(overrides: list[str]) -> list[list[str]]:

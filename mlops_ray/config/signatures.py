@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +20,8 @@ class Signature:
     """Parameters of a function or of a class's constructor, without ``self``.
 
     ``open`` says that further keyword arguments are taken, or that they cannot be known;
-    ``never_none`` are the parameters whose annotation leaves no room for None.
+    ``never_none`` are the parameters whose annotation leaves no room for None. ``node`` is the
+    definition, ``module`` where it is.
     """
 
     file: Path
@@ -29,6 +30,8 @@ class Signature:
     required: frozenset[str]
     open: bool = False
     never_none: frozenset[str] = frozenset()
+    module: str = ""
+    node: ast.AST | None = field(default=None, repr=False, compare=False)
 
 
 def find(target: str) -> Signature | None:
@@ -37,15 +40,15 @@ def find(target: str) -> Signature | None:
     file = module_file(module)
     if file is None:
         return None
-    for node in _parse(file).body:
+    for node in tree(file).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
-            return _of_function(node, file)
+            return _of_function(node, file, module)
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return _of_class(node, file)
+            return _of_class(node, file, module)
         if isinstance(node, ast.ImportFrom) and (origin := _origin(node, name, module)):
             return find(origin)
         if _assigns(node, name):
-            return Signature(file, node.lineno, (), frozenset(), open=True)
+            return Signature(file, node.lineno, (), frozenset(), open=True, module=module)
     return None
 
 
@@ -55,7 +58,7 @@ def names(module: str) -> list[str]:
     if file is None:
         return []
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    body = _parse(file).body
+    body = tree(file).body
     return [n.name for n in body if isinstance(n, kinds) and not n.name.startswith("_")]
 
 
@@ -78,7 +81,7 @@ def module_file(module: str) -> Path | None:
     return None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def _parse_at(file: Path, _changed_ns: int) -> ast.Module:
     try:
         return ast.parse(file.read_bytes(), filename=str(file))
@@ -87,11 +90,18 @@ def _parse_at(file: Path, _changed_ns: int) -> ast.Module:
         raise ConfigError([problem]) from error
 
 
-def _parse(file: Path) -> ast.Module:
+def tree(file: Path) -> ast.Module:
+    """Return the syntax tree of a source file; cached until the file changes.
+
+    Raises:
+        ConfigError: The source has a syntax error.
+    """
     return _parse_at(file, file.stat().st_mtime_ns)
 
 
-def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path) -> Signature:
+def _of_function(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path, module: str
+) -> Signature:
     arguments = node.args
     positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
     without_default = len(positional) - len(arguments.defaults)
@@ -114,6 +124,8 @@ def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path) -> Si
             for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
             if argument.annotation is not None and _excludes_none(ast.unparse(argument.annotation))
         ),
+        module=module,
+        node=node,
     )
 
 
@@ -121,11 +133,11 @@ def _excludes_none(annotation: str) -> bool:
     return not any(word in annotation for word in ("None", "Optional", "Any", "object"))
 
 
-def _of_class(node: ast.ClassDef, file: Path) -> Signature:
+def _of_class(node: ast.ClassDef, file: Path, module: str) -> Signature:
     for member in node.body:
         if isinstance(member, ast.FunctionDef) and member.name == "__init__":
-            return _of_function(member, file)
-    return Signature(file, node.lineno, (), frozenset(), open=True)
+            return replace(_of_function(member, file, module), node=node)
+    return Signature(file, node.lineno, (), frozenset(), open=True, module=module, node=node)
 
 
 def _origin(node: ast.ImportFrom, name: str, module: str) -> str | None:

@@ -48,7 +48,7 @@ def _checked_cron(value: str) -> str:
 def _checked_zone(value: str) -> str:
     try:
         ZoneInfo(value)
-    except (OSError, ValueError):
+    except (KeyError, OSError, ValueError):
         close = difflib.get_close_matches(value, available_timezones(), n=1)
         hint = f". Did you mean {close[0]}?" if close else "; write for example Europe/Berlin"
         raise ValueError(f"there is no time zone {value!r}{hint}") from None

@@ -31,6 +31,9 @@ def deploy(
 
     service, models, targets = models_of(context, project, features, aliases)
     endpoint = serve(project, context.home, serving, features, service, models, targets=targets)
+    for version in endpoint.versions.values():
+        context.reporter.reads("model", f"{project}@{version}")
+    context.reporter.writes("deployment", endpoint.name)
     context.reporter.event(
         "deployment", url=endpoint.url, answer=models[0].alias, versions=endpoint.versions
     )

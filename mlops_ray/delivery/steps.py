@@ -33,6 +33,7 @@ def promote(context: Context, version: ModelVersion, decision: GateDecision) -> 
     """
     from mlops_ray.registry.registry import Registry
 
+    context.reporter.reads("model", f"{version.name}@{version.version}")
     if not decision.passed:
         context.reporter.event(
             "rejection", model=version.name, version=version.version, reason=decision.reason

@@ -43,6 +43,7 @@ def extract(context: Context, features: Features) -> Path:
     for name in features.sources:
         context.reporter.progress(message=f"reading {name}")
         rows = extract_source(features, name, folder, context.home.events(context.project))
+        context.reporter.reads("source", name)
         context.reporter.metric(f"rows_{name}", rows)
         total += rows
     context.reporter.progress(rows=total, message="read")
@@ -108,8 +109,10 @@ def materialize(
             events come in later need none yet.
     """
     store = open_offline(context, features)
+    before = {name: store.version(name) for name in features.views}
     if not advance:
-        return _versions(features, store, {n: store.version(n) for n in features.views}, until)
+        tell_versions(context, before, before)
+        return _versions(features, store, before, until)
     plan = make_plan(features, store)
     plan.enforce()
     add_columns(features, store)
@@ -125,6 +128,7 @@ def materialize(
     reached = "features" if moment is None else f"features until {moment:%Y-%m-%d %H:%M}"
     context.reporter.progress(rows=0, message=reached)
     rows = pipeline.advance(until)
+    tell_versions(context, before, pipeline.versions)
     record(features, store)
     context.reporter.progress(rows=rows, message=reached)
     context.reporter.metric("rows_written", rows)
@@ -136,6 +140,16 @@ def materialize(
         if change.action not in ("unchanged", "undeclared"):
             context.reporter.event("feature_view_applied", **change.model_dump(mode="json"))
     return _versions(features, store, pipeline.versions, until or pipeline.complete_until, rows)
+
+
+def tell_versions(context: Context, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Say for lineage which versions of the views were found, and which were made from them."""
+    for name, version in before.items():
+        if version >= 0:
+            context.reporter.reads("view", f"{name}@{version}")
+    for name, version in after.items():
+        if version != before.get(name, -1):
+            context.reporter.writes("view", f"{name}@{version}")
 
 
 def open_offline(context: Context, features: Features) -> OfflineStore:
@@ -168,6 +182,8 @@ def training_set(
     store = open_offline(context, features)
     table = read_tables(tables)[features.labels.source]
     made = make_training_set(features, service, table, store, versions, until)
+    pinned = {name: pin.version for name, pin in made.manifest.views.items()}
+    tell_versions(context, pinned, pinned)
     context.reporter.progress(rows=made.table.num_rows, message="training set")
     context.reporter.metric("rows", made.count.labelled)
     context.reporter.metric("rows_without_label", made.count.unlabelled)
@@ -182,11 +198,13 @@ def training_set(
 def compact(context: Context, features: Features) -> dict[str, int]:
     """Merge the small files of every view into buckets by entity; return the tables' versions."""
     store = open_offline(context, features)
+    before = {name: store.version(name) for name in features.view_order}
     versions = {}
     for name in features.view_order:
-        if store.version(name) >= 0:
+        if before[name] >= 0:
             context.reporter.progress(message=f"compacting {name}")
             versions[name] = store.compact(name)
+    tell_versions(context, before, versions)
     return versions
 
 
@@ -249,6 +267,8 @@ def rebuild_online(context: Context, features: Features) -> dict[str, int]:
     """
     store = open_offline(context, features)
     online = open_online(features, context.home.online(context.project), context.project)
+    versions = {name: store.version(name) for name in features.view_order}
+    tell_versions(context, versions, versions)
     return {
         name: materialize_view(store, online, name, code_digest_of(features, name), full=True)
         for name in features.view_order

@@ -15,11 +15,11 @@ import pyarrow as pa
 from mlops_ray.errors import MlopsRayError, MonitoringError
 from mlops_ray.loop.clock import WallClock
 from mlops_ray.loop.controller import Controller, ControllerSpec, World
-from mlops_ray.loop.jobs import RayJobs
 from mlops_ray.loop.state import StateStore
 from mlops_ray.loop.world import ServeWorld
 from mlops_ray.metadata.delta import MONITOR_ACTOR, MONITOR_NAMESPACE, Delta
 from mlops_ray.metadata.home import Home
+from mlops_ray.orchestration.jobs import RayJobs
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ import pyarrow as pa
 from mlops_ray.config.base import Frozen
 from mlops_ray.config.monitoring import Loop, Monitoring
 from mlops_ray.errors import ClusterError, MlopsRayError, MonitoringError
-from mlops_ray.loop.jobs import JobOutcome, Jobs, RetrainCommand
 from mlops_ray.loop.policy import Decision, LoopState, decide
 from mlops_ray.loop.state import ControllerState, StateStore, Trigger
 from mlops_ray.metadata.delta import Delta
@@ -27,6 +26,7 @@ from mlops_ray.metadata.profile import Counts
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.monitoring.measurement import Measurement, ServedVersion
 from mlops_ray.monitoring.monitor import Monitor
+from mlops_ray.orchestration.jobs import JobCommand, JobOutcome, Jobs
 
 _MOST_SUBMISSIONS = 3
 
@@ -39,7 +39,7 @@ class ControllerSpec(Frozen):
     endpoint: Endpoint
     monitoring: Monitoring
     loop: Loop
-    retrain: RetrainCommand | None = None
+    retrain: JobCommand | None = None
     clock: Literal["wall", "virtual"] = "wall"
 
 
@@ -160,7 +160,8 @@ class Controller:
             trigger = self._state.trigger
             if self._state.phase == "retraining" and trigger is not None:
                 with suppress(MlopsRayError):  # asked again at the next poll
-                    outcome = self._jobs.outcome(trigger.submission_id)
+                    submitted = trigger.submission_id
+                    outcome = self._jobs.outcomes([submitted])[submitted]
                     if outcome.status == "lost" and trigger.submissions < _MOST_SUBMISSIONS:
                         self._submit(trigger)
                     elif outcome.status != "running":
@@ -210,9 +211,9 @@ class Controller:
         decision = decide(loop_state, self._spec.loop, self._spec.monitoring)
         self._measurement, self._decision = measurement, decision
         verdict = decision.model_dump(mode="json", include={"action", "reason"})
-        self._note(
-            "measured", now, **verdict, **measurement.model_dump(mode="json", exclude={"at"})
-        )
+        measured = verdict | measurement.model_dump(mode="json", exclude={"at"})
+        self._note("measured", now, **measured)
+        self._record("measured", {"at": now.isoformat(), **measured})
         self._change(now=now)
         if decision.action == "retrain" and self._spec.retrain is not None:
             self._trigger(now, decision, served)
@@ -244,7 +245,7 @@ class Controller:
             update={"submissions": submissions, "submitted_s": trigger.submitted_s or time.time()}
         )
         try:
-            self._jobs.submit(trigger.submission_id, command, until)
+            self._jobs.submit(trigger.submission_id, command.with_more(f"until={until}"))
         except ClusterError as error:
             self._finish(trigger, JobOutcome(status="failed", message=str(error)), None)
             return

@@ -53,8 +53,8 @@ def decide(state: LoopState, loop: Loop, monitoring: Monitoring) -> Decision:
     drifted = drifted_features(drift, monitoring.drift)
     evidence = _evidence(state, drifted)
     triggers = [
-        *_drift_triggers(drift, drifted, monitoring.drift),
-        *_performance_triggers(performance, monitoring.performance),
+        *drift_breaches(drift, monitoring.drift),
+        *performance_breaches(performance, monitoring.performance),
     ]
     if not triggers:
         return Decision(action="wait", reason=_calm(state, monitoring), evidence=evidence)
@@ -77,9 +77,9 @@ def drifted_features(measured: DriftMeasurement, drift: Drift) -> dict[str, floa
     return {name: over[name] for name in sorted(counted, key=lambda name: (-over[name], name))}
 
 
-def _drift_triggers(
-    measured: DriftMeasurement, drifted: dict[str, float], drift: Drift
-) -> Iterator[str]:
+def drift_breaches(measured: DriftMeasurement, drift: Drift) -> Iterator[str]:
+    """Yield in one sentence that features have drifted, if they have."""
+    drifted = drifted_features(measured, drift)
     if measured.rows < drift.min_rows or len(drifted) < drift.min_features:
         return
     worst = [f"{name} {value:.2f}" for name, value in drifted.items()][:_NAMED_FEATURES]
@@ -88,9 +88,10 @@ def _drift_triggers(
     yield f"drift: PSI ≥ {drift.threshold:g} in {len(drifted)} features ({', '.join(worst)}{more})"
 
 
-def _performance_triggers(
+def performance_breaches(
     measured: PerformanceMeasurement, performance: Performance
 ) -> Iterator[str]:
+    """Yield a sentence for each measure of the labelled error that has grown too much."""
     if measured.rows < performance.min_rows:
         return
     if _excess(measured.reference_auc, measured.auc, performance.max_auc_drop):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from mlops_ray.config.features import Features
 from mlops_ray.config.monitoring import Loop, Monitoring, Replay
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.loop.controller import ControllerSpec
-from mlops_ray.loop.jobs import RetrainCommand
 from mlops_ray.loop.recording import Recording
 from mlops_ray.loop.results import MonitorHandle, ReplayResult
-from mlops_ray.metadata.provenance import SOURCE_VARIABLE
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.jobs import JobCommand, shipped_directory, told_environment
 
 
 def monitor(
@@ -32,6 +30,7 @@ def monitor(
     from mlops_ray.metadata.delta import MONITOR_NAMESPACE
 
     ensure(_spec(context, project, endpoint, monitoring, loop, virtual=False))
+    context.reporter.reads("deployment", endpoint.name)
     context.reporter.event("monitor", actor=actor_name(project), endpoint=endpoint.url)
     return MonitorHandle(project=project, actor=actor_name(project), namespace=MONITOR_NAMESPACE)
 
@@ -65,7 +64,7 @@ def replay(
         loop: When it retrains.
     """
     from mlops_ray.features.online import open_online
-    from mlops_ray.features.steps import open_pipeline
+    from mlops_ray.features.steps import open_pipeline, tell_versions
     from mlops_ray.features.tables import read_tables
     from mlops_ray.loop.actor import RemoteMonitor, ensure
     from mlops_ray.loop.replay import Replayer
@@ -83,6 +82,7 @@ def replay(
         # The offline store is never ahead of the cursor: the pipeline refills one from the other.
         open_online(features, context.home.online(context.project), context.project).clear()
     pipeline = open_pipeline(context, features, found)
+    before = pipeline.versions
 
     async def run() -> ReplayResult:
         async with AsyncClient(
@@ -103,6 +103,8 @@ def replay(
             return await replayer.run(endpoint.versions)
 
     result = asyncio.run(run())
+    context.reporter.reads("deployment", endpoint.name)
+    tell_versions(context, before, pipeline.versions)
     for name in ("rows", "requests", "failed_requests", "p50_ms", "p99_ms", "wall_s"):
         value = getattr(result, name)
         if value is not None:
@@ -166,17 +168,8 @@ def _spec(
     )
 
 
-def _retrain_command(context: Context, loop: Loop) -> RetrainCommand | None:
+def _retrain_command(context: Context, loop: Loop) -> JobCommand | None:
     if not context.command:
         return None
     argv = (*context.command, f"workflow={loop.workflow}", "--fresh", "--defer-mirror")
-    told = {k: v for k, v in os.environ.items() if k == SOURCE_VARIABLE}
-    return RetrainCommand(argv=argv, env=told, directory=_shipped_directory())
-
-
-def _shipped_directory() -> str | None:
-    """Return the package that this job was shipped with, None where it was started in place."""
-    import ray
-
-    shipped = ray.get_runtime_context().runtime_env.get("working_dir")
-    return str(shipped) if shipped and "://" in str(shipped) else None
+    return JobCommand(argv=argv, env=told_environment(), directory=shipped_directory())

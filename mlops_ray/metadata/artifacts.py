@@ -1,29 +1,47 @@
-"""Content-addressed artifacts: what steps hand to each other, kept by digest in a folder."""
+"""Content-addressed artifacts: what steps hand to each other, kept by digest."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel
+from typing import Any
 
 from mlops_ray.config.base import Frozen
-from mlops_ray.errors import ArtifactError
-from mlops_ray.metadata.digest import canonical_json, digest_tree
+from mlops_ray.errors import ArtifactError, StorageError
+from mlops_ray.metadata.blobs import Blobs, corrupt
+from mlops_ray.metadata.codecs import (
+    Encoded,
+    Kind,
+    copy_file,
+    decode,
+    encode,
+    is_collection,
+    read_table,
+)
+from mlops_ray.metadata.digest import (
+    digest_bytes,
+    digest_file,
+    digest_json,
+    new_digest,
+    tree_files,
+)
 from mlops_ray.metadata.files import sync
+from mlops_ray.metadata.folder import FolderBlobs
+from mlops_ray.metadata.home import Home
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-Kind = Literal["table", "tree", "json"]
+_THREADS = 8
 
 
 class ArtifactRef(Frozen):
-    """The address of an artifact: its digest, how it is encoded, and its size in bytes."""
+    """The address of an artifact: its digest, how it is encoded, and its size in bytes.
+
+    ``rows`` are those of a table, or of all tables of a list.
+    """
 
     digest: str
     kind: Kind
@@ -31,113 +49,247 @@ class ArtifactRef(Frozen):
     rows: int | None = None
 
 
-class ArtifactStore:
-    """Artifacts below one folder. Writing is atomic and durable; equal content is kept once.
+def open_artifacts(home: Home) -> ArtifactStore:
+    """Return the artifacts of a home: in its folder, or in the bucket that the home names.
 
-    Args:
-        root: The folder. It is made when the first artifact is written.
+    Raises:
+        StorageError: The bucket's address cannot be used.
     """
+    if home.storage.artifacts is None:
+        return ArtifactStore(FolderBlobs(home.artifacts))
+    return ArtifactStore(_bucket(home.storage.artifacts, home.root / "cache"))
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
 
-    def put(self, value: Any) -> ArtifactRef:
-        """Store a table, a file or folder, a pydantic model or a JSON value; return its address.
+@lru_cache(maxsize=8)
+def _bucket(address: str, cache: Path) -> Blobs:
+    from mlops_ray.metadata.bucket import BucketBlobs
+
+    return BucketBlobs.at(address, cache)
+
+
+class ArtifactStore:
+    """Artifacts. Writing is atomic and durable; equal content is kept once."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.blobs = blobs
+
+    def put(self, value: Any, *, pickle: bool = False) -> ArtifactRef:
+        """Store a value and return its address.
+
+        Stored are: a ``pyarrow.Table``; a ``Path`` to a file or folder; a tensor, an array, or a
+        dict of them by name; a pydantic model, dataclass or JSON value; a list of any of these. Only
+        with ``pickle`` is anything else stored, by pickle.
 
         Raises:
-            ArtifactError: The value is of no kind that can be stored, or the disk refuses it.
+            ArtifactError: The value is of no kind that can be stored.
+            StorageError: The store cannot be written.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.root, prefix=".incoming-") as folder:
-                staged = Path(folder) / "blob"
-                kind, rows = _write(value, staged)
-                _sync(staged)
-                return self._keep(staged, kind, rows)
-        except OSError as error:
-            raise ArtifactError(
-                "cannot write an artifact",
-                where=str(self.root),
-                why=str(error),
-                fix="free some space or make the folder writable, then run the same command again",
-            ) from error
+        with self._writing():
+            if isinstance(value, Path):
+                return self._put_path(value)
+            if is_collection(value):
+                return self.put_list([self.put(item, pickle=pickle) for item in value])
+            return self._put_encoded(encode(value, allow_pickle=pickle))
+
+    def put_list(self, refs: Sequence[ArtifactRef]) -> ArtifactRef:
+        """Store a list of artifacts as one.
+
+        Raises:
+            StorageError: The store cannot be written.
+        """
+        entries = [[ref.digest, ref.kind, ref.size, ref.rows] for ref in refs]
+        counts = [ref.rows for ref in refs if ref.rows is not None]
+        rows = sum(counts) if counts and len(counts) == len(refs) else None
+        data = json.dumps(entries, separators=(",", ":")).encode()
+        with self._writing():
+            return self._put_encoded(Encoded("list", data, rows=rows))
+
+    def elements(self, ref: ArtifactRef) -> list[ArtifactRef]:
+        """Return the addresses of a list's elements.
+
+        Raises:
+            ArtifactError: The list is missing or corrupt.
+        """
+        entries = json.loads(self._read(ref))
+        names = ("digest", "kind", "size", "rows")
+        return [ArtifactRef(**dict(zip(names, e, strict=True))) for e in entries]
 
     def get(self, ref: ArtifactRef) -> Any:
-        """Return the value at ``ref``: a memory-mapped table, a path to read from, or JSON."""
-        path = self.path(ref.digest)
-        if not path.exists():
-            raise ArtifactError("the artifact is missing", where=str(path))
-        if ref.kind == "table":
-            return _read_table(path)
-        return path if ref.kind == "tree" else json.loads(path.read_bytes())
+        """Return the value: a memory-mapped table, a path to read from, a list, or what was put.
+
+        A pydantic model, a dataclass and a tuple come back as JSON values. What is read whole is
+        checked against its digest; of tables and trees only ``verify`` reads every byte.
+
+        Raises:
+            ArtifactError: It is missing or corrupt; ``digest`` of the error says which.
+            StorageError: The store cannot be read.
+        """
+        if ref.kind == "list":
+            return [self.get(element) for element in self.elements(ref)]
+        if ref.kind in ("table", "tree"):
+            return self._open(ref)
+        return decode(ref.kind, self._read(ref))
 
     def verify(self, ref: ArtifactRef) -> bool:
-        """Say whether the artifact is there and its bytes still have its digest."""
-        path = self.path(ref.digest)
-        return path.exists() and digest_tree(path) == ref.digest
+        """Say whether the artifact is there and its bytes have its digest; so for all elements.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+        with self._reading(ref.digest):
+            if not self.blobs.verify(ref.digest):
+                return False
+            if ref.kind != "list":
+                return True
+            elements = self.elements(ref)
+            nested = [element for element in elements if element.kind == "list"]
+            return self.blobs.verify_all(
+                element.digest for element in elements if element.kind != "list"
+            ) and all(self.verify(element) for element in nested)
 
     def discard(self, digest: str) -> None:
         """Remove an artifact, for instance a corrupt one; nothing happens when it is not there."""
-        path = self.path(digest)
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with self._writing():
+            self.blobs.discard(digest)
 
     def path(self, digest: str) -> Path:
-        """Return where the artifact with this digest is, or would be."""
-        return self.root / digest[:2] / digest
+        """Return where on this machine the artifact is, or would be once it is read."""
+        return self.blobs.path(digest)
 
-    def _keep(self, staged: Path, kind: Kind, rows: int | None) -> ArtifactRef:
-        digest = digest_tree(staged)
-        size = _size(staged)
-        target = self.path(digest)
-        target.parent.mkdir(exist_ok=True)
-        if not target.exists():
+    def needs(self, ref: ArtifactRef) -> set[str]:
+        """Return the digests of all blobs that an artifact is made of, its own included.
+
+        What is missing is left out.
+        """
+        found = {ref.digest}
+        try:
+            if ref.kind == "tree":
+                found.update(self.blobs.members(ref.digest))
+            elif ref.kind == "list":
+                for element in self.elements(ref):
+                    found |= self.needs(element)
+        except (ArtifactError, FileNotFoundError):
+            pass
+        return found
+
+    def copy(self, ref: ArtifactRef, source: ArtifactStore) -> None:
+        """Store an artifact of another store here as well, with all that belongs to it.
+
+        Raises:
+            ArtifactError: It is missing there, or corrupt.
+            StorageError: One of the stores fails.
+        """
+        if ref.kind == "list":
+            elements = source.elements(ref)
+            for element in elements:
+                self.copy(element, source)
+            self.put_list(elements)
+            return
+        with source._reading(ref.digest):
+            path = source.blobs.fetch(ref.digest)
+        with self._writing():
+            copied = self._put_path(path)
+        if copied.digest != ref.digest:
+            self.discard(copied.digest)
+            raise corrupt(ref.digest, str(path))
+
+    def _put_encoded(self, encoded: Encoded) -> ArtifactRef:
+        if encoded.data is not None:
+            digest, size = digest_bytes(encoded.data), len(encoded.data)
+            self.blobs.keep(digest, encoded.data)
+        else:
+            assert encoded.write is not None
+            with self.blobs.staging() as folder:
+                draft = folder / "blob"
+                encoded.write(draft)
+                sync(draft)
+                digest, size = digest_file(draft), draft.stat().st_size
+                self.blobs.keep_file(digest, draft)
+        return ArtifactRef(digest=digest, kind=encoded.kind, size=size, rows=encoded.rows)
+
+    def _put_path(self, path: Path) -> ArtifactRef:
+        if not path.exists():
+            raise ArtifactError("there is no such file or folder to store", where=str(path))
+        with self.blobs.staging() as folder:
+            draft = folder / "blob"
+            if path.is_file():
+                digest = _copy(path, draft)
+                size = draft.stat().st_size
+                self.blobs.keep_file(digest, draft)
+            else:
+                files, size = _copy_tree(path, draft)
+                digest = digest_json(files)
+                self.blobs.keep_tree(digest, draft, files)
+        return ArtifactRef(digest=digest, kind="tree", size=size)
+
+    def _open(self, ref: ArtifactRef) -> Any:
+        import pyarrow as pa
+
+        with self._reading(ref.digest):
+            path = self.blobs.fetch(ref.digest)
+            if ref.kind == "tree":
+                return path
+            if path.stat().st_size != ref.size:
+                raise corrupt(ref.digest, str(path))
             try:
-                os.rename(staged, target)
-            except OSError:
-                if not target.exists():
-                    raise
-            sync(target.parent)
-        return ArtifactRef(digest=digest, kind=kind, size=size, rows=rows)
+                return read_table(path)
+            except pa.ArrowInvalid as error:
+                raise corrupt(ref.digest, str(path)) from error
+
+    def _read(self, ref: ArtifactRef) -> bytes:
+        with self._reading(ref.digest):
+            data = self.blobs.read(ref.digest)
+        if digest_bytes(data) != ref.digest:
+            raise corrupt(ref.digest, str(self.path(ref.digest)))
+        return data
+
+    @contextmanager
+    def _reading(self, digest: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            where = str(self.path(digest))
+            raise ArtifactError(
+                "the artifact is missing",
+                digest=digest,
+                where=where,
+                fix="run the workflow again: the step that made it runs anew",
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                "an artifact cannot be read",
+                digest=digest,
+                where=str(self.path(digest)),
+                why=str(error),
+                fix="check that the store can be reached and read, then run the same command again",
+            ) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                "an artifact cannot be written",
+                where=str(error.filename or self.blobs.where),
+                why=os.strerror(error.errno) if error.errno else str(error),
+                fix="free some space or make the store writable, then run the same command again",
+            ) from error
 
 
-def _write(value: Any, staged: Path) -> tuple[Kind, int | None]:
-    import pyarrow as pa
-
-    if isinstance(value, pa.Table):
-        _write_table(value, staged)
-        return "table", value.num_rows
-    if isinstance(value, Path):
-        shutil.copytree(value, staged) if value.is_dir() else shutil.copyfile(value, staged)
-        return "tree", None
-    if isinstance(value, BaseModel | dict | list | tuple | str | int | float | bool | None):
-        staged.write_bytes(canonical_json(value))
-        return "json", None
-    raise ArtifactError(
-        f"a value of type {type(value).__name__} cannot be stored",
-        fix="return a pyarrow.Table, a Path, a pydantic model or a JSON value from the step",
-    )
+def _copy(source: Path, target: Path) -> str:
+    digest = new_digest()
+    copy_file(source, target, digest)
+    return str(digest.hexdigest())
 
 
-def _write_table(table: pa.Table, path: Path) -> None:
-    import pyarrow as pa
-
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks(), max_chunksize=1 << 17)
-
-
-def _read_table(path: Path) -> pa.Table:
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
-def _sync(path: Path) -> None:
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    for file in files:
-        sync(file)
+def _copy_tree(source: Path, target: Path) -> tuple[dict[str, str], int]:
+    """Copy a folder's files durably; return their digests by name, and the sum of their sizes."""
+    names = tree_files(source)
+    target.mkdir()
+    for parent in {(target / name).parent for name in names}:
+        parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = list(pool.map(lambda name: _copy(source / name, target / name), names))
+    size = sum((target / name).stat().st_size for name in names)
+    return dict(zip(names, digests, strict=True)), size

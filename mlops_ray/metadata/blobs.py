@@ -9,6 +9,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
+from mlops_ray.errors import ArtifactError
+
 GRACE = timedelta(days=1)
 """What was written, or used as it was, within this time is never collected."""
 
@@ -32,6 +34,10 @@ class Blobs(Protocol):
     Methods raise ``OSError``; ``FileNotFoundError`` where a blob is missing.
     """
 
+    @property
+    def where(self) -> str:
+        """The folder or the address, for people."""
+
     def staging(self) -> AbstractContextManager[Path]:
         """Give a folder for drafts; what is left in it at the end is removed."""
 
@@ -48,7 +54,11 @@ class Blobs(Protocol):
         """Return a file's bytes."""
 
     def fetch(self, digest: str) -> Path:
-        """Return where a blob's file or folder lies on this machine, brought here if need be."""
+        """Return where a blob's file or folder lies on this machine, brought here if need be.
+
+        Raises:
+            ArtifactError: It does not have the digest; a folder leaves that to ``verify``.
+        """
 
     def path(self, digest: str) -> Path:
         """Return where on this machine a blob is, or would be."""
@@ -73,3 +83,13 @@ class Blobs(Protocol):
 
     def sweep(self, before: datetime) -> int:
         """Remove drafts older than ``before``, left by processes that died; return their bytes."""
+
+
+def corrupt(digest: str, where: str) -> ArtifactError:
+    """Return the error that says that a blob is not what its digest says."""
+    return ArtifactError(
+        "the artifact is corrupt: its bytes do not have its digest",
+        digest=digest,
+        where=where,
+        fix="run the workflow again: it is found, removed and made anew",
+    )

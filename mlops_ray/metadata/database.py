@@ -22,8 +22,12 @@ PATIENCE_S = 30.0
 _OPENING_PATIENCE_S = 5.0
 _REQUESTS_BETWEEN_CLEANINGS = 1000
 _LONGEST_PAUSE_S = 0.5
+_TAKEN = "23505"
 _LOST = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "25P03"})
 """SQLSTATEs of transactions that were rolled back through no fault of theirs."""
+
+_REFUSED = ("authentication failed", "does not exist", "no pg_hba.conf entry", "permission denied")
+"""What a server says, without a SQLSTATE, to those whom it does not let in."""
 
 _Result = TypeVar("_Result")
 
@@ -63,6 +67,7 @@ class Database:
         patience = min(patience_s, _OPENING_PATIENCE_S) if self._is_server else patience_s
         try:
             self._engine = _engine(parsed, patience_s, create)
+            self._writes = self._engine.execution_options(writes=True)
             self._patiently(lambda _again: ensure_tables(self._engine), patience)
         except (OSError, ImportError) as error:
             raise explained(error, self._where) from error
@@ -106,7 +111,7 @@ class Database:
 
     def _perform(self, requests: Sequence[Request]) -> list[Any]:
         # SQLite lets one writer in; threads that wait here are let in sooner than by its polling.
-        with self._writing, self._engine.execution_options(writes=True).begin() as connection:
+        with self._writing, self._writes.begin() as connection:
             replies = [perform(connection, request) for request in requests]
             self._remembered += sum(1 for request in requests if request.id)
             if self._remembered >= _REQUESTS_BETWEEN_CLEANINGS:
@@ -147,6 +152,10 @@ def explained(error: Exception, where: str) -> LedgerError:
     return LedgerError(what, where=where, why=lines[0], fix=fix)
 
 
+_LOCKED_OUT = (
+    "the ledger's database server does not let us in",
+    "check user, password and database in MLOPS_RAY_LEDGER",
+)
 _ADVICE: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("SQLITE_BUSY", "SQLITE_LOCKED", "55P03"),
@@ -171,11 +180,7 @@ _ADVICE: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "put a copy of it back, or save what is left with `sqlite3 ledger.db .recover`; to begin "
         "anew, set MLOPS_RAY_HOME to another folder",
     ),
-    (
-        ("28", "3D000", "42501"),
-        "the database server does not let us in",
-        "check user, password and database in MLOPS_RAY_LEDGER",
-    ),
+    (("28", "3D000", "42501"), *_LOCKED_OUT),
 )
 
 
@@ -192,8 +197,12 @@ def _advice(code: str, cause: Exception) -> tuple[str, str]:
         )
     if type(cause).__module__.startswith("psycopg") and not code:
         return (
-            "the ledger's database server cannot be reached",
-            "check that it runs and that MLOPS_RAY_LEDGER names it, then run the same command again",
+            _LOCKED_OUT
+            if _is_refused(cause)
+            else (
+                "the ledger's database server cannot be reached",
+                "check that it runs and that MLOPS_RAY_LEDGER names it, then run the same command again",
+            )
         )
     return "the ledger's database refuses", "see why; the rest of the ledger is unharmed"
 
@@ -204,11 +213,17 @@ def _is_lost(error: Exception) -> bool:
     if cause is None or not type(cause).__module__.startswith("psycopg"):
         return False
     code = getattr(cause, "sqlstate", None)
+    if code == _TAKEN:
+        # The same request, sent over a connection that broke, was being committed meanwhile.
+        return "requests_pkey" in str(cause)
     if code is not None:
         return code in _LOST or code.startswith("08")
-    refused = ("authentication failed", "does not exist", "no pg_hba.conf entry")
     is_operational = any(base.__name__ == "OperationalError" for base in type(cause).__mro__)
-    return is_operational and not any(text in str(cause) for text in refused)
+    return is_operational and not _is_refused(cause)
+
+
+def _is_refused(cause: BaseException) -> bool:
+    return any(text in str(cause) for text in _REFUSED)
 
 
 def _engine(url: sa.URL, patience_s: float, create: bool) -> sa.Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from mlops_ray.metadata.layout import Layout, arrange
@@ -18,7 +19,7 @@ _MARGIN = 32.0
 _TOP = 92.0
 _LEAST_WIDTH = 700.0
 _TITLE_LETTERS = 22
-_DETAIL_LETTERS = 30
+_DETAIL_LETTERS = 27
 _KINDS = {
     "source": "source",
     "view": "feature view",
@@ -62,32 +63,30 @@ def draw(
     The same lineage gives the same bytes. Pointing at a node shows what is known of it.
 
     Args:
-        lineage: What to draw; artifacts are told on the cards of the steps that made them.
+        lineage: What to draw. Best it is ``folded``: then an artifact stands on its step's card.
         title: The heading.
         starts: Nodes to emphasise.
         addresses: Where a click on a node leads, by its id.
     """
-    shown = lineage.folded()
-    heights = {name: _height(node) + _GAP_Y for name, node in shown.nodes.items()}
-    layout = arrange(shown.nodes, shown.edges, heights)
-    marked = {f"step:{s.partition(':')[2]}" if s.startswith("artifact:") else s for s in starts}
+    heights = {name: _height(node) + _GAP_Y for name, node in lineage.nodes.items()}
+    layout = arrange(lineage.nodes, lineage.edges, heights)
     parts = [
-        *(_edge(shown.nodes, layout, edge) for edge in sorted(shown.edges)),
+        *(_edge(lineage.nodes, layout, edge) for edge in sorted(lineage.edges)),
         *(
-            _node(node, layout.places[name], name in marked, (addresses or {}).get(name))
-            for name, node in sorted(shown.nodes.items())
+            _node(node, layout.places[name], name in starts, (addresses or {}).get(name))
+            for name, node in sorted(lineage.nodes.items())
         ),
     ]
     width = 2 * _MARGIN + layout.layers * (_CARD_WIDTH + _GAP_X) - _GAP_X
-    return _document(title, shown, parts, max(width, _LEAST_WIDTH), layout.height)
+    return _document(title, lineage, parts, max(width, _LEAST_WIDTH), layout.height)
 
 
 def _document(
-    title: str, shown: Lineage, parts: list[str], width: float, layout_height: float
+    title: str, lineage: Lineage, parts: list[str], width: float, layout_height: float
 ) -> str:
     height = _TOP + layout_height + _MARGIN
     count = (
-        f"{len(shown.nodes)} nodes, {len(shown.edges)} edges; made on the left, used to the right"
+        f"{len(lineage.nodes)} nodes, {len(lineage.edges)} edges; each made from those on its left"
     )
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
@@ -99,14 +98,14 @@ def _document(
         f'<rect class="paper" width="{width:g}" height="{height:g}"/>',
         f'<text class="title" x="{_MARGIN:g}" y="36">{escape(title)}</text>',
         f'<text class="said" x="{_MARGIN:g}" y="56">{count}</text>',
-        _legend(shown, width),
+        _legend(lineage),
     ]
     return "\n".join([*head, *parts, "</svg>", ""])
 
 
-def _legend(shown: Lineage, width: float) -> str:
-    present = {node.kind for node in shown.nodes.values()}
-    if any("output" in node.detail for node in shown.nodes.values()):
+def _legend(lineage: Lineage) -> str:
+    present = {node.kind for node in lineage.nodes.values()}
+    if any("output" in node.detail for node in lineage.nodes.values()):
         present.add("artifact")
     kinds = [kind for kind in _KINDS if kind in present]
     parts, x = [], _MARGIN
@@ -160,7 +159,7 @@ def _edge(nodes: Mapping[str, Node], layout: Layout, edge: tuple[str, str]) -> s
             points += [(_left(layer), y), (_left(layer) + _CARD_WIDTH, y)]
         points.append((_left(last), last_y))
     path = f"M{points[0][0]:g} {_TOP + points[0][1]:.1f}"
-    for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
+    for (x, y), (to_x, to_y) in pairwise(points):
         half = (x + to_x) / 2
         path += f"C{half:g} {_TOP + y:.1f} {half:g} {_TOP + to_y:.1f} {to_x:g} {_TOP + to_y:.1f}"
     told = f"{nodes[edge[0]].name} → {nodes[edge[1]].name}"
@@ -179,7 +178,7 @@ def _left(layer: int) -> float:
 
 def _subtitle(node: Node) -> str:
     if node.kind == "step":
-        return _short(f"{node.detail['workflow']} · {node.detail['run']}", _DETAIL_LETTERS)
+        return _short(str(node.detail["run"]), _DETAIL_LETTERS)
     return _short(
         f"{_KINDS[node.kind]} · {node.detail['project']}"
         if "project" in node.detail

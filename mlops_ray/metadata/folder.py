@@ -33,6 +33,11 @@ class FolderBlobs:
         self.root = root
         self._durable = durable
 
+    @property
+    def where(self) -> str:
+        """The folder."""
+        return str(self.root)
+
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """Give a folder for drafts, on the same file system."""

@@ -28,7 +28,8 @@ class Journal:
         self._fence = fence
         self._changed = threading.Condition()
         self._waiting: list[Write] = []
-        self._busy = False
+        self._written = 0
+        self._durable = 0
         self._closed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
@@ -43,6 +44,7 @@ class Journal:
         with self._changed:
             self._raise()
             self._waiting += writes
+            self._written += len(writes)
             self._changed.notify_all()
 
     def flush(self) -> None:
@@ -52,9 +54,8 @@ class Journal:
             LeaseError: The lease was lost; likewise any other error of a batch.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._error is not None or not (self._waiting or self._busy)
-            )
+            wanted = self._written
+            self._changed.wait_for(lambda: self._error is not None or self._durable >= wanted)
             self._raise()
 
     def close(self) -> None:
@@ -69,19 +70,24 @@ class Journal:
             raise self._error
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting or self._error is not None:
-                    return
-                batch = self._waiting[:_MOST_AT_ONCE]
-                del self._waiting[:_MOST_AT_ONCE]
-                self._busy = True
+        while batch := self._next():
+            error = None
             try:
                 self._apply(batch, fence=self._fence)
-            except BaseException as error:
-                with self._changed:
-                    self._error = error
+            except BaseException as raised:
+                error = raised
             with self._changed:
-                self._busy = False
+                self._error = error
+                self._durable += len(batch) if error is None else 0
                 self._changed.notify_all()
+
+    def _next(self) -> list[Write]:
+        """Return the next batch; an empty one where there will be none."""
+        with self._changed:
+            if self._error is None:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._error is not None:
+                return []
+            batch = self._waiting[:_MOST_AT_ONCE]
+            del self._waiting[:_MOST_AT_ONCE]
+            return batch

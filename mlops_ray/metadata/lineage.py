@@ -193,11 +193,15 @@ class _Builder:
         node = f"step:{step.run_id}/{step.name}"
         if node not in self._nodes or step.key is None:
             return
-        for name in _steps_named(self._parts.get(step.key, {}).get("inputs", {})):
-            origin = self._origins.get((step.run_id, name))
+        for said in _references(self._parts.get(step.key, {}).get("inputs", {})):
+            origin = self._origins.get((step.run_id, said["step"]))
             artifact = f"artifact:{origin[0]}/{origin[1]}" if origin else ""
             if artifact in self._nodes:
                 self._edges.add((artifact, node))
+            else:
+                # The key was made in another workflow, where that step has another name.
+                known = self._by_digest.get(str(said.get("digest")), [])
+                self._edges |= {(other, node) for other in known}
 
     def _add_link(self, link: Link) -> None:
         step = f"step:{link.run_id}/{link.step}"
@@ -250,15 +254,11 @@ def _origins(steps: Iterable[StepRecord]) -> dict[tuple[str, str], tuple[str, st
     return origins
 
 
-def _steps_named(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        if isinstance(value.get("step"), str):
-            yield value["step"]
-        for item in value.values():
-            yield from _steps_named(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _steps_named(item)
+def _references(inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what the parts of a key say of outputs of other steps."""
+    for said in inputs.values():
+        if isinstance(said, Mapping) and isinstance(said.get("step"), str):
+            yield said
 
 
 def _neighbours(edges: Iterable[Edge]) -> dict[str, tuple[str, ...]]:

@@ -1,100 +1,209 @@
 """The MLflow mirror: each run of a workflow a parent run, each of its steps a child run.
 
 The ledger is the truth; this is a view of it for people who use MLflow's pages and client. A run is
-mirrored once it is over, in batches; what MLflow missed, the next run catches up on, without doubles.
+mirrored once it is over. What was cut off, by a kill or by an outage of MLflow, the next call goes on
+with: every MLflow run carries the name of what it shows, a digest of it, and, last of all, the mark
+that it is complete.
 """
 
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
+from mlops_ray.errors import ArtifactError
 from mlops_ray.metadata import tracking
 from mlops_ray.metadata.access import open_ledger
+from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore, open_artifacts
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import MIRRORED, Ledger, RunRecord, StepRecord
+from mlops_ray.metadata.records import MIRRORED, RunRecord, StepRecord
+from mlops_ray.metadata.tracking_view import (
+    DONE_TAG,
+    RUN_TAG,
+    STATE_TAG,
+    STEP_TAG,
+    Dataset,
+    Shown,
+    arrow_schema,
+    show_run,
+    show_step,
+)
 
-RUN_TAG = "mlops_ray.run_id"
-STEP_TAG = "mlops_ray.step"
 _PARENT_TAG = "mlflow.parentRunId"
-_LONGEST_PARAM = 500
-_STATUS = {"succeeded": "FINISHED", "cached": "FINISHED", "skipped": "KILLED", "failed": "FAILED"}
+_CONTEXT_TAG = "mlflow.data.context"
+_THREADS = 4
+_PER_BATCH = 100
+_PAGE = 1000
 
 
 def mirror(home: Home) -> int:
     """Write every run that is over and not in MLflow yet, with its steps; return how many.
 
     Raises:
-        mlflow.exceptions.MlflowException: The tracking store refuses. The next call goes on.
+        MlopsRayError: MLflow cannot be reached. The next call goes on.
+        mlflow.exceptions.MlflowException: MLflow refuses. The next call goes on.
     """
     ledger = open_ledger(home)
-    pending = ledger.unmirrored()
-    if pending:
-        client = tracking.connect(home)
+    if not ledger.unmirrored():
+        return 0
+    client = tracking.connect(home)
+    # Two processes that look for the same run at the same time would both make it.
+    with tracking.locked(home, "mirror"):
+        pending = ledger.unmirrored()
         for run in pending:
-            _mirror_run(client, home, ledger, run)
+            _Mirror(client, home, ledger, open_artifacts(home)).write(run)
             ledger.append(run.project, MIRRORED, {"status": run.status}, run_id=run.run_id)
     return len(pending)
 
 
-def _mirror_run(client: Any, home: Home, ledger: Ledger, run: RunRecord) -> None:
-    experiment = tracking.experiment(client, home, run.project)
-    run_id = run.run_id
-    parent = _mirrored(client, experiment, run_id, None)
-    if parent is None:
-        parent = _create_parent(client, experiment, run)
-    for step in ledger.steps(run_id):
-        if step.status in _STATUS and _mirrored(client, experiment, run_id, step.name) is None:
-            _create_child(client, experiment, parent, run, step)
-    status = "FINISHED" if run.status == "succeeded" else "FAILED"
-    client.set_terminated(parent, status, _milliseconds(run.ended_at))
+@dataclass
+class _Mirror:
+    """Writes runs to one MLflow."""
+
+    client: Any
+    home: Home
+    ledger: Any
+    artifacts: ArtifactStore
+
+    def write(self, run: RunRecord) -> None:
+        """Make MLflow show this run as it is, whatever it shows of it now."""
+        experiment = tracking.experiment(self.client, self.home, run.project)
+        steps = self.ledger.steps(run.run_id)
+        there = self._there(experiment, run.run_id)
+        whole = show_run(run, steps, str(self.home.run(run.run_id)))
+        parent, complete = self._begin(experiment, there, "", whole, {})
+        shown = list(self._show_steps(run, steps))
+
+        def write_step(one: Shown) -> None:
+            tags = {_PARENT_TAG: parent}
+            run_id, complete = self._begin(experiment, there, one.tags[STEP_TAG], one, tags)
+            if not complete:
+                self._fill(run_id, one)
+
+        # A file of SQLite takes one writer at a time.
+        with ThreadPoolExecutor(_THREADS if self.home.storage.tracking else 1) as pool:
+            list(pool.map(write_step, shown))
+        if not complete:
+            self.client.log_dict(parent, run.config, "config.json")
+            self._fill(parent, whole)
+        self._remove_doubles(experiment, run.run_id, {"", *(one.name for one in shown)})
+
+    def _there(self, experiment: str, run_id: str) -> dict[str, list[Any]]:
+        """Return what MLflow has of a run by the step's name, complete ones first."""
+        query = f"tags.`{RUN_TAG}` = '{run_id}'"
+        found: dict[str, list[Any]] = {}
+        token = None
+        while True:
+            page = self.client.search_runs([experiment], query, max_results=_PAGE, page_token=token)
+            for made in page:
+                found.setdefault(made.data.tags[STEP_TAG], []).append(made)
+            token = page.token
+            if not token:
+                break
+        for made in found.values():
+            made.sort(key=lambda one: (DONE_TAG not in one.data.tags, one.info.run_id))
+        return found
+
+    def _begin(
+        self,
+        experiment: str,
+        there: dict[str, list[Any]],
+        step: str,
+        shown: Shown,
+        more: dict[str, str],
+    ) -> tuple[str, bool]:
+        """Find or make the MLflow run; say whether it shows all already."""
+        for made in there.get(step, []):
+            if made.data.tags.get(STATE_TAG) == shown.state:
+                return str(made.info.run_id), DONE_TAG in made.data.tags
+        for made in there.get(step, []):
+            if not step:
+                # The children name their parent: a run that was resumed keeps it.
+                return str(made.info.run_id), False
+            # Parameters in MLflow cannot change.
+            self.client.delete_run(made.info.run_id)
+        made = self.client.create_run(
+            experiment,
+            start_time=shown.started_ms,
+            tags=shown.tags | {STATE_TAG: shown.state} | more,
+            run_name=shown.name,
+        )
+        return str(made.info.run_id), False
+
+    def _fill(self, run_id: str, shown: Shown) -> None:
+        """Write what a run shows; each call can be repeated. The mark that it is done comes last."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        if shown.datasets:
+            self.client.log_inputs(run_id, [_dataset_input(one) for one in shown.datasets])
+        params = [Param(name, value) for name, value in shown.params.items()]
+        for start in range(0, len(params), _PER_BATCH):
+            self.client.log_batch(run_id, params=params[start : start + _PER_BATCH])
+        self.client.set_terminated(run_id, shown.status, shown.ended_ms)
+        metrics = [Metric(name, v, shown.ended_ms, 0) for name, v in shown.metrics.items()]
+        tags = shown.tags | {STATE_TAG: shown.state, DONE_TAG: "yes"}
+        self.client.log_batch(
+            run_id, metrics=metrics[:500], tags=[RunTag(name, v) for name, v in tags.items()]
+        )
+
+    def _remove_doubles(self, experiment: str, run_id: str, wanted: set[str]) -> None:
+        """Delete what a process that was killed had asked for, if it came in after our look."""
+        for step, made in self._there(experiment, run_id).items():
+            for one in made[1:] if step in wanted else made:
+                self.client.delete_run(one.info.run_id)
+
+    def _show_steps(self, run: RunRecord, steps: list[StepRecord]) -> Iterator[Shown]:
+        outputs = {step.name: step.output for step in steps}
+        links = self.ledger.links(run_id=run.run_id)
+        for step in steps:
+            parts = self.ledger.key_parts(step.key) if step.key else None
+            shown = show_step(
+                run,
+                step,
+                parts,
+                [link for link in links if link.step == step.name],
+                self.ledger.items(run.run_id, step.name),
+                tuple(self._datasets(step, parts or {}, outputs)),
+                str(self.home.run(run.run_id) / "logs" / f"{step.name}.log"),
+            )
+            if shown is not None:
+                yield shown
+
+    def _datasets(
+        self, step: StepRecord, parts: dict[str, Any], outputs: dict[str, ArtifactRef | None]
+    ) -> Iterator[Dataset]:
+        for part in (parts.get("inputs") or {}).values():
+            source = part.get("step") if isinstance(part, dict) else None
+            ref = outputs.get(source) if source else None
+            if source and ref is not None and ref.kind == "table":
+                yield self._dataset(source, "input", ref)
+        if step.output is not None and step.output.kind == "table":
+            yield self._dataset(step.name, "output", step.output)
+
+    def _dataset(self, name: str, use: str, ref: ArtifactRef) -> Dataset:
+        path = self.artifacts.path(ref.digest)
+        schema = ""
+        # A table that lies in a bucket only is not worth a download.
+        if path.exists():
+            with suppress(ArtifactError):
+                schema = arrow_schema(self.artifacts.get(ref).schema)
+        return Dataset(name, use, ref, str(path), schema)
 
 
-def _mirrored(client: Any, experiment: str, run_id: str, step: str | None) -> str | None:
-    query = f"tags.`{RUN_TAG}` = '{run_id}' and tags.`{STEP_TAG}` = '{step or ''}'"
-    found = client.search_runs([experiment], query, max_results=1)
-    return found[0].info.run_id if found else None
+def _dataset_input(shown: Dataset) -> Any:
+    from mlflow.entities import Dataset as Entity
+    from mlflow.entities import DatasetInput, InputTag
 
-
-def _create_parent(client: Any, experiment: str, run: RunRecord) -> str:
-    tags = {RUN_TAG: run.run_id, STEP_TAG: "", "mlflow.runName": f"{run.workflow} {run.run_id}"}
-    tags |= {f"mlops_ray.{key}": _text(value) for key, value in run.provenance.items()}
-    if run.provenance.get("commit"):
-        tags["mlflow.source.git.commit"] = run.provenance["commit"]
-    made = client.create_run(experiment, _milliseconds(run.started_at), tags)
-    return str(made.info.run_id)
-
-
-def _create_child(
-    client: Any, experiment: str, parent: str, run: RunRecord, step: StepRecord
-) -> None:
-    from mlflow.entities import Metric, Param
-
-    tags = {
-        RUN_TAG: run.run_id,
-        STEP_TAG: step.name,
-        _PARENT_TAG: parent,
-        "mlflow.runName": step.name,
-        "mlops_ray.status": step.status,
-        "mlops_ray.key": step.key or "",
-        "mlops_ray.output": step.output.digest if step.output else "",
-    }
-    made = client.create_run(experiment, _milliseconds(step.started_at or run.started_at), tags)
-    end = _milliseconds(step.ended_at or run.ended_at) or 0
-    metrics = [Metric(name, value, end, 0) for name, value in step.metrics.items()]
-    if step.started_at and step.ended_at and step.status == "succeeded":
-        seconds = (step.ended_at - step.started_at).total_seconds()
-        metrics.append(Metric("duration_s", seconds, end, 0))
-    params = [Param(name, _text(value)) for name, value in step.params.items()]
-    client.log_batch(made.info.run_id, metrics=metrics, params=params)
-    client.set_terminated(made.info.run_id, _STATUS[step.status], end)
-
-
-def _milliseconds(moment: datetime | None) -> int | None:
-    return None if moment is None else int(moment.timestamp() * 1000)
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text[:_LONGEST_PARAM]
+    entity = Entity(
+        name=shown.name,
+        digest=shown.digest,
+        source_type="local",
+        source=json.dumps({"uri": shown.where}),
+        schema=shown.schema or None,
+        profile=json.dumps({"num_rows": shown.ref.rows}),
+    )
+    return DatasetInput(entity, [InputTag(_CONTEXT_TAG, shown.use)])

@@ -23,6 +23,12 @@ _IDENTITY = ("run_id", "name", "item")
 _EVENTS_LOCK = 0x6D6C6F7073
 _REMEMBERED = timedelta(minutes=10)
 
+_HELD = (
+    sa.select(LEASES.c.owner, LEASES.c.token)
+    .where(LEASES.c.name == sa.bindparam("lease"))
+    .with_for_update(read=True)
+)
+
 Fence = tuple[str, int]
 """Name and token of a lease."""
 
@@ -126,8 +132,7 @@ def acquire(
     """Take a lease and return its row."""
     moment = _clock(connection)
     lease = Lease(name=name, owner=owner, token=1, expires_at=moment + timedelta(seconds=ttl_s))
-    insert = _insert_new(connection.dialect.name, "leases")
-    if connection.execute(insert, encode(lease)).rowcount == 1:
+    if _add(connection, "leases", encode(lease)):
         return encode(lease)
     held = Lease(**_lock_lease(connection, name))
     if not force and held.owner != owner and held.expires_at > moment:
@@ -148,9 +153,7 @@ def renew(connection: sa.Connection, fence: Fence, ttl_s: float) -> str:
     _lock_lease(connection, fence[0])
     _enforce(connection, fence)
     expires = str(cell(_clock(connection) + timedelta(seconds=ttl_s)))
-    connection.execute(
-        LEASES.update().where(LEASES.c.name == fence[0]).values(expires_at=expires)
-    )
+    connection.execute(LEASES.update().where(LEASES.c.name == fence[0]).values(expires_at=expires))
     return expires
 
 
@@ -161,14 +164,17 @@ def release(connection: sa.Connection, fence: Fence) -> None:
     connection.execute(LEASES.update().where(where).values(expires_at=expires))
 
 
-def fire(connection: sa.Connection, firing: dict[str, Any]) -> bool:
+def fire(connection: sa.Connection, firing: dict[str, Any], fence: Fence | None) -> bool:
     """Record a firing; say whether it is new."""
-    done = connection.execute(_insert_new(connection.dialect.name, "firings"), firing)
-    return bool(done.rowcount == 1)
+    _enforce(connection, fence)
+    return _add(connection, "firings", firing)
 
 
-def update_firing(connection: sa.Connection, key: str, values: dict[str, Any]) -> None:
+def update_firing(
+    connection: sa.Connection, key: str, values: dict[str, Any], fence: Fence | None
+) -> None:
     """Change columns of a firing."""
+    _enforce(connection, fence)
     connection.execute(FIRINGS.update().where(FIRINGS.c.key == key).values(**values))
 
 
@@ -193,8 +199,7 @@ def _enforce(connection: sa.Connection, fence: Fence | None) -> None:
     if fence is None:
         return
     name, token = fence
-    query = sa.select(LEASES.c.owner, LEASES.c.token).where(LEASES.c.name == name)
-    row = connection.execute(query.with_for_update(read=True)).one_or_none()
+    row = connection.execute(_HELD, {"lease": name}).one_or_none()
     if row is None or row.token != token:
         raise LeaseError(
             f"{name} was taken over by another process",
@@ -216,6 +221,13 @@ def _clock(connection: sa.Connection) -> datetime:
         return datetime.now(UTC)
     moment: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
     return moment.astimezone(UTC)
+
+
+def _add(connection: sa.Connection, table: str, row: dict[str, Any]) -> bool:
+    """Insert a row, unless its key is there; say whether it was not."""
+    insert = _insert_new(connection.dialect.name, table)
+    done = connection.execute(insert, row, execution_options={"preserve_rowcount": True})
+    return bool(done.rowcount == 1)
 
 
 @cache

@@ -11,6 +11,7 @@ from mlops_ray.config.base import Frozen
 from mlops_ray.metadata.records import Link, NewEvent, NewKey, StepChange, StepRecord, Write
 
 _JSON = frozenset({"config", "provenance", "metrics", "params", "data", "output", "parts"})
+_to_json = json.JSONEncoder(default=str).encode
 _IDENTITY = ("run_id", "name", "item")
 _CHANGEABLE = frozenset(StepRecord.model_fields) - frozenset(_IDENTITY)
 
@@ -76,7 +77,7 @@ def cell(value: Any) -> Any:
         return moment.astimezone(UTC).isoformat(timespec="microseconds")
     if isinstance(value, Frozen):
         return value.model_dump_json()
-    return json.dumps(value, default=str)
+    return _to_json(value)
 
 
 def _storable(text: str) -> str:

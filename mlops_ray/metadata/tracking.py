@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlparse
 
+from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.home import Home
+
+_PATIENCE_S = 3.0
+_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # MLflow's own are 7 tries of 120 s: a server that is down would hold up a run for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 
 
 def connect(home: Home) -> Any:
     """Return an ``MlflowClient`` of the home's tracking store and registry.
 
     The first call in a process imports MLflow (about 3 s); the first call on a home makes its
-    database (about 4 s).
+    database (about 4 s). Where MLflow is a server, every call looks whether it is there.
+
+    Raises:
+        MlopsRayError: The server cannot be reached.
     """
+    _require_server(home.tracking_uri)
     return _connect(home)
 
 
 @lru_cache(maxsize=8)
 def _connect(home: Home) -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
     # Two processes that migrate one fresh database at the same time break it.
     with locked(home):
         from mlflow import MlflowClient
@@ -31,6 +48,22 @@ def _connect(home: Home) -> Any:
         client = MlflowClient(tracking_uri=home.tracking_uri, registry_uri=home.tracking_uri)
         client.search_registered_models(max_results=1)
         return client
+
+
+def _require_server(uri: str) -> None:
+    server = urlparse(uri)
+    if server.scheme not in ("http", "https"):
+        return
+    port = server.port or (443 if server.scheme == "https" else 80)
+    try:
+        socket.create_connection((server.hostname or "", port), timeout=_PATIENCE_S).close()
+    except OSError as error:
+        raise MlopsRayError(
+            "MLflow cannot be reached",
+            where=f"{server.scheme}://{server.hostname}:{port}",
+            why=str(error),
+            fix="start it, or correct MLOPS_RAY_TRACKING; runs are kept in the ledger until then",
+        ) from error
 
 
 def experiment(client: Any, home: Home, name: str) -> str:
@@ -47,9 +80,9 @@ def experiment(client: Any, home: Home, name: str) -> str:
 
 
 @contextmanager
-def locked(home: Home) -> Iterator[None]:
-    """Hold the home's MLflow lock: for what only one process may do at a time. Not reentrant."""
+def locked(home: Home, what: str = "mlflow") -> Iterator[None]:
+    """Hold a lock of the home: for what only one process may do at a time. Not reentrant."""
     home.root.mkdir(parents=True, exist_ok=True)
-    with (home.root / "mlflow.lock").open("w") as file:
+    with (home.root / f"{what}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -63,7 +63,8 @@ class Context:
     the cache key of the step is complete.
 
     ``command`` is the argument vector that runs a workflow of this project as it is configured now;
-    a step that starts a further run appends ``workflow=NAME`` and other overrides to it.
+    a step that starts a further run appends ``workflow=NAME`` and other overrides to it. ``item`` is
+    the position of a mapped step's call in its list; −1 for other steps.
     """
 
     project: str
@@ -72,10 +73,17 @@ class Context:
     step: str = "adhoc"
     reporter: Reporter = field(default_factory=Silent)
     command: tuple[str, ...] = ()
+    item: int = -1
 
     def scratch(self) -> Path:
         """Return an empty folder for this step's files; it is removed when the step is over."""
-        folder = self.home.run(self.run_id) / "scratch" / self.step
+        folder = self.scratch_path
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
+
+    @property
+    def scratch_path(self) -> Path:
+        """Where ``scratch`` makes its folder."""
+        folder = self.home.run(self.run_id) / "scratch" / self.step
+        return folder if self.item < 0 else folder / str(self.item)

@@ -30,20 +30,27 @@ class FlatStep:
         """Yield what the step needs: in its inputs, what it maps over, its conditions."""
         yield from references.find(self.step.inputs)
         yield from references.find(self.step.map)
+        yield from self.asked()
+
+    def asked(self) -> Iterator[Reference]:
+        """Yield what the conditions ask for."""
         yield from (c.operand for c in self.conditions if isinstance(c.operand, Reference))
 
 
 @dataclass
 class Flat:
-    """A flat workflow: steps by name, what it gives, how many tasks its parts may run at once.
+    """A flat workflow: steps by name; by scope what it gives and how many tasks may run at once.
 
-    ``limits`` are by scope: ``""`` is the whole, ``outer`` the steps inside ``outer``. ``problems``
-    are all that was found; what they concern is left out of the steps.
+    Scopes are ``""``, the whole, and ``outer``, the steps inside ``outer``; ``paths`` say where they
+    are declared. ``unused`` are paths of inputs that nothing asks for. ``problems`` are all that was found; what they concern is None in
+    the steps.
     """
 
     steps: dict[str, FlatStep] = field(default_factory=dict)
-    outputs: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -54,8 +61,8 @@ def flatten(workflow: Workflow) -> Flat:
     return flat
 
 
-class _Bad(Exception):
-    """A reference leads nowhere: what is wrong, and what may have been meant."""
+class _UnresolvedError(Exception):
+    """A reference leads nowhere: what is wrong, and what may have been meant instead."""
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(what)
@@ -78,18 +85,16 @@ class _Scope:
     limit: int | None
     flat: Flat
     children: dict[str, _Scope] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
 
     def enter(self) -> None:
         """Add this workflow's steps to the flat one."""
         self._prepare()
         self._fill()
-        for name, text in self.workflow.outputs.items():
-            value = self._value(text, f"{self.path}.outputs.{name}")
-            if self.parent is None:
-                self.flat.outputs[name] = value
 
     def _prepare(self) -> None:
         """Make the scopes of all nested workflows, so that references find them in any order."""
+        self.flat.paths[self.name] = self.path
         limits = [n for n in (self.limit, self.workflow.max_parallel) if n is not None]
         if limits:
             self.flat.limits[self.name] = min(limits)
@@ -121,9 +126,14 @@ class _Scope:
                 child = self.children[name]
                 child.conditions, child.after = held, after
                 child._fill()
-                child._check_outputs()
             else:
                 self._add(name, step, path, held, after)
+        self.flat.outputs[self.name] = {
+            name: self._value(text, f"{self.path}.outputs.{name}")
+            for name, text in self.workflow.outputs.items()
+        }
+        unused = [name for name in self.workflow.inputs if name not in self.asked]
+        self.flat.unused += [f"{self.path}.inputs.{name}" for name in unused]
 
     def _add(
         self, name: str, step: Step, path: str, held: tuple[Condition, ...], after: frozenset[str]
@@ -150,8 +160,8 @@ class _Scope:
         if reference is not None:
             try:
                 return _text(self._resolve(reference, ()))
-            except _Bad as bad:
-                self._problem(path, bad.what, bad.hint)
+            except _UnresolvedError as found:
+                self._problem(path, found.what, found.hint)
                 return None
         if isinstance(value, dict):
             return {key: self._value(item, f"{path}.{key}") for key, item in value.items()}
@@ -172,11 +182,11 @@ class _Scope:
         """Return the flat ``Reference`` that a reference stands for, or a plain value.
 
         Raises:
-            _Bad: It leads nowhere, or in a circle.
+            _UnresolvedError: It leads nowhere, or in a circle.
         """
         here = (self.name, reference)
         if here in trail:
-            raise _Bad(f"{reference} is given to itself.")
+            raise _UnresolvedError(f"{reference} is given to itself.")
         trail = (*trail, here)
         if reference.step == INPUTS:
             return self._input(reference, trail)
@@ -184,7 +194,7 @@ class _Scope:
             return self._output(reference, trail)
         if reference.step in self.workflow.steps:
             return Reference(self._flat(reference.step), reference.path)
-        raise _Bad(
+        raise _UnresolvedError(
             f"there is no step {reference.step!r}.",
             _meant(reference.step, self.workflow.steps, "$", "Steps are"),
         )
@@ -194,8 +204,9 @@ class _Scope:
         if not reference.path or reference.path[0] not in known:
             name = reference.path[0] if reference.path else ""
             what = f"the workflow has no input {name!r}." if name else "name one of the inputs."
-            raise _Bad(what, _meant(name, known, "$inputs.", "Its inputs are"))
+            raise _UnresolvedError(what, _meant(name, known, "$inputs.", "Its inputs are"))
         name, *rest = reference.path
+        self.asked.add(name)
         if name not in self.given or self.parent is None:
             return _part(known[name], tuple(rest), reference)
         return _part(self.parent._substitute(self.given[name], trail), tuple(rest), reference)
@@ -208,7 +219,7 @@ class _Scope:
             what = f"{reference.step!r} is a workflow and "
             what += f"has no output {name!r}." if name else "has outputs by name."
             hint = _meant(name, known, f"${reference.step}.", "Its outputs are")
-            raise _Bad(what, hint if known else "Declare it under its 'outputs'.")
+            raise _UnresolvedError(what, hint if known else "Declare it under its 'outputs'.")
         name, *rest = reference.path
         return _part(child._substitute(known[name], trail), tuple(rest), reference)
 
@@ -228,8 +239,8 @@ class _Scope:
         except ConditionError as error:
             self._problem(f"{path}.when", f"{error}.")
             return ()
-        except _Bad as bad:
-            self._problem(f"{path}.when", bad.what, bad.hint)
+        except _UnresolvedError as found:
+            self._problem(f"{path}.when", found.what, found.hint)
             return ()
         return (condition.on(value if isinstance(value, Reference) else Constant(value)),)
 
@@ -268,10 +279,6 @@ class _Scope:
                 hint = _meant(name, self.workflow.inputs, "", "Its inputs are")
                 self._problem(self._outer(f"with.{name}"), "the workflow has no such input.", hint)
 
-    def _check_outputs(self) -> None:
-        for name, text in self.workflow.outputs.items():
-            self._value(text, f"{self.path}.outputs.{name}")
-
     def _check_nested(self, step: Step, path: str) -> None:
         for name in _OF_FUNCTIONS:
             if name in step.model_fields_set:
@@ -299,7 +306,9 @@ def _part(value: Any, path: tuple[str, ...], reference: Reference) -> Any:
     try:
         return references.select(value, path)
     except KeyError as error:
-        raise _Bad(f"{reference}: what is given has no part {error.args[0]!r}.") from error
+        raise _UnresolvedError(
+            f"{reference}: what is given has no part {error.args[0]!r}."
+        ) from error
 
 
 def _text(value: Any) -> Any:

@@ -72,7 +72,7 @@ def graph_of(workflow: Workflow, flat: Flat) -> Graph:
     }
     after = {name: needs[name] | item.after for name, item in flat.steps.items()}
     order = _order(after, flat)
-    return Graph(workflow, order, needs, after, flat.outputs, flat.limits, flat.steps)
+    return Graph(workflow, order, needs, after, flat.outputs[""], flat.limits, flat.steps)
 
 
 def _order(after: Mapping[str, frozenset[str]], flat: Flat) -> tuple[str, ...]:

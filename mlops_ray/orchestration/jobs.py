@@ -12,7 +12,7 @@ from pydantic import Field
 from mlops_ray.config.base import Frozen
 from mlops_ray.errors import ClusterError
 from mlops_ray.metadata.home import STORAGE_VARIABLES
-from mlops_ray.metadata.provenance import SOURCE_VARIABLE
+from mlops_ray.metadata.changes import SOURCE_VARIABLE
 
 _LOG_TAIL_LINES = 40
 
@@ -98,8 +98,10 @@ class RayJobs:
         """Ask through Ray's job API; a job that ignores it is killed by Ray after seconds.
 
         Raises:
-            ClusterError: The API cannot be reached, or does not know the job.
+            ClusterError: The API cannot be reached.
         """
+        if self.outcomes([submission_id])[submission_id].status != "running":
+            return
         try:
             self._client().stop_job(submission_id)
         except Exception as error:

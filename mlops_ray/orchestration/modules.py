@@ -14,6 +14,9 @@ from mlops_ray.metadata.digest import digest_bytes
 Chain = tuple[str, ...]
 """A dotted use: ``maths.f.x`` is ``("maths", "f", "x")``."""
 
+LOADED = ""
+STAR = "*"
+_COMPLETE = "model_rebuild"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
 
@@ -79,12 +82,13 @@ class Module:
     stars: list[str] = field(default_factory=list)
 
     def touching(self, name: str) -> Iterator[Statement]:
-        """Yield statements that may change what a variable of the module holds: they hand it to
-        something that they call, or decorate with it."""
-        if any(isinstance(s.node, _DEFINITIONS) for s in self.bound.get(name, ())):
-            return
+        """Yield statements that may change what a name of the module stands for: they hand a
+        variable to something that they call, decorate with it, or complete a pydantic model."""
+        is_defined = any(isinstance(s.node, _DEFINITIONS) for s in self.bound.get(name, ()))
         for statement in self.statements:
-            if name not in statement.binds and _hands_over(statement.node, name):
+            completes = _completes(statement.node) == (name, _COMPLETE)
+            hands_over = not is_defined and _hands_over(statement.node, name)
+            if name not in statement.binds and (completes or hands_over):
                 yield statement
 
 
@@ -107,7 +111,7 @@ def _module_at(name: str, file: Path, _changed_ns: int, _size: int) -> Module:
     module = Module(name, file, package)
     for node in _top(signatures.tree(file).body):
         for bound, origins in imports_of(node, package, nested=False).items():
-            if bound == "*":
+            if bound == STAR:
                 module.stars += [origin.module for origin in origins]
             else:
                 module.imports.setdefault(bound, []).extend(origins)
@@ -120,7 +124,8 @@ def _module_at(name: str, file: Path, _changed_ns: int, _size: int) -> Module:
 
 
 def imports_of(node: ast.AST, package: str, *, nested: bool = True) -> dict[str, list[Import]]:
-    """Return what the imports inside a statement bind; ``*`` are star imports.
+    """Return what the imports inside a statement bind; ``*`` are star imports, ``LOADED`` modules
+    that are imported whatever of them is bound.
 
     Without ``nested`` those inside functions and classes are left out.
     """
@@ -133,13 +138,12 @@ def imports_of(node: ast.AST, package: str, *, nested: bool = True) -> dict[str,
                 name = alias.asname or alias.name.partition(".")[0]
                 target = alias.name if alias.asname else name
                 found.setdefault(name, []).append(Import(target))
-                if target != alias.name:
-                    found.setdefault(f" {alias.name}", []).append(Import(alias.name))
+                found.setdefault(LOADED, []).append(Import(alias.name))
         elif isinstance(item, ast.ImportFrom):
             base = absolute(item, package)
             for alias in item.names:
-                target = None if alias.name == "*" else alias.name
-                found.setdefault(alias.asname or alias.name, []).append(Import(base, target))
+                origin = Import(base, None if alias.name == STAR else alias.name)
+                found.setdefault(alias.asname or alias.name, []).append(origin)
         elif nested or not isinstance(item, _DEFINITIONS):
             waiting += ast.iter_child_nodes(item)
     return found
@@ -212,27 +216,23 @@ def _annotations(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _called(node: ast.AST) -> Iterator[Chain]:
+    inside: list[ast.AST] = list(ast.iter_child_nodes(node))
     if isinstance(node, _DEFINITIONS):
-        inside = [*node.decorator_list]
-        inside += node.body if isinstance(node, ast.ClassDef) else []
-        inside += [*node.bases, *node.keywords] if isinstance(node, ast.ClassDef) else []
-        for decorator in node.decorator_list:
-            chain = chain_of(decorator)
-            if chain is not None:
-                yield chain
+        inside = list(node.decorator_list)
+        yield from (chain for chain in map(chain_of, node.decorator_list) if chain is not None)
+        if isinstance(node, ast.ClassDef):
+            inside += [*node.body, *node.bases, *node.keywords]
     elif isinstance(node, ast.Lambda):
         return
-    else:
-        if isinstance(node, ast.Call) and (chain := chain_of(node.func)) is not None:
-            yield chain
-        inside = list(ast.iter_child_nodes(node))
+    elif isinstance(node, ast.Call) and (called := chain_of(node.func)) is not None:
+        yield called
     for item in inside:
         yield from _called(item)
 
 
 def _has_effect(node: ast.stmt) -> bool:
     if isinstance(node, ast.Expr):
-        return not isinstance(node.value, ast.Constant)
+        return not isinstance(node.value, ast.Constant) and _completes(node) is None
     if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         parts = [part for target in targets for part in ast.walk(target)]
@@ -245,8 +245,16 @@ def _has_effect(node: ast.stmt) -> bool:
         children = [*node.body, *node.orelse, *node.finalbody]
         children += [child for handler in node.handlers for child in handler.body]
         return any(_has_effect(child) for child in children)
-    quiet = (*_FUNCTIONS, ast.Import, ast.ImportFrom, ast.Pass, ast.TypeAlias, ast.Raise)
-    return not isinstance(node, quiet)
+    quiet = (*_FUNCTIONS, ast.Import, ast.ImportFrom, ast.Pass)
+    return not isinstance(node, quiet) and type(node).__name__ != "TypeAlias"
+
+
+def _completes(node: ast.stmt) -> Chain | None:
+    """Return ``(model, "model_rebuild")`` where a statement only does that."""
+    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return None
+    chain = chain_of(node.value.func)
+    return chain if chain is not None and chain[1:] == (_COMPLETE,) else None
 
 
 def _hands_over(node: ast.stmt, name: str) -> bool:

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from mlops_ray.config.check import allowed_packages
-from mlops_ray.config.project import Project
 from mlops_ray.config.workflow import Step
+from mlops_ray.errors import WorkflowError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
-from mlops_ray.metadata.digest import digest_json
-from mlops_ray.metadata.ledger import Ledger, RunRecord, StepRecord
+from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.records import RunRecord, StepRecord
 from mlops_ray.orchestration.graph import Graph
-from mlops_ray.orchestration.resolution import key_of
+from mlops_ray.orchestration.keys import StepKey, item_key
+from mlops_ray.orchestration.resolution import element_digest, elements_of, key_of, refusal
+from mlops_ray.orchestration.spec import RunSpec
 
-PlannedState = Literal["cached", "finished", "run", "depends"]
+PlannedState = Literal["cached", "finished", "run", "skipped", "depends", "uncertain"]
 
 
 @dataclass(frozen=True)
 class PlannedStep:
     """What would happen to one step, and why.
 
-    *cached*: an output with the same key exists. *finished*: done already in the run that would be
-    resumed. *run*: it would run. *depends*: only known once the steps before it have run.
+    *cached*: an output with the same key exists and its bytes are right. *finished*: done already in
+    the run that would be resumed. *run*: it would run. *skipped*: a condition does not hold.
+    *depends*: only known once the steps before it have run. *uncertain*: an effect of the run that
+    would be resumed may or may not have happened; a person must say. Of a mapped step ``calls`` says
+    how many of how many are cached, if known.
     """
 
     name: str
     step: Step
     state: PlannedState
     reason: str
-    key: str | None = None
+    key: StepKey | None = None
     output: ArtifactRef | None = None
+    calls: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,61 +47,27 @@ class Plan:
     resumes: RunRecord | None
 
 
-def packages_of(project: Project) -> list[str]:
-    """Return the packages whose code counts for cache keys."""
-    return allowed_packages({"package": project.package, "allow": list(project.allow)})
+def make_plan(spec: RunSpec, graph: Graph, ledger: Ledger, artifacts: ArtifactStore) -> Plan:
+    """Find out what a run would do, without running or changing anything."""
+    resumes = unfinished_run(spec, ledger)
+    planner = _Planner(spec, graph, ledger, artifacts, *_before(resumes, graph, ledger))
+    return Plan(tuple(planner.plan(name) for name in graph.order), resumes)
 
 
-def config_digest(project: Project) -> str:
-    """Digest everything that decides results: all but where state is kept and which Ray is used."""
-    return digest_json(project.model_dump(mode="json", by_alias=True, exclude={"home", "cluster"}))
-
-
-def unfinished_run(project: Project, ledger: Ledger) -> RunRecord | None:
+def unfinished_run(spec: RunSpec, ledger: Ledger) -> RunRecord | None:
     """Return the newest run of this workflow and configuration if it did not succeed."""
-    digest = config_digest(project)
-    for record in ledger.runs(project=project.name, workflow=project.workflow.name, limit=50):
-        if record.config_digest == digest:
-            return None if record.status == "succeeded" else record
-    return None
-
-
-def make_plan(project: Project, graph: Graph, ledger: Ledger, artifacts: ArtifactStore) -> Plan:
-    """Find out what a run would do, without running anything."""
-    resumes = unfinished_run(project, ledger)
-    done = done_effects(resumes, graph, ledger)
-    outputs: dict[str, ArtifactRef] = {}
-    planned: list[PlannedStep] = []
-    assumed: set[str] = set()
-    for name in graph.order:
-        item = _plan_step(name, graph, outputs, done, ledger, artifacts, packages_of(project))
-        doubts = sorted(graph.needs[name] & assumed)
-        if item.state == "cached" and doubts:
-            reason = f"same code and config, if {', '.join(doubts)} gives what it gave last"
-            item = replace(item, reason=reason)
-        if item.state == "run" and item.step.mode != "pure":
-            last = intact(ledger.latest(project.name, name), artifacts)
-            item = replace(item, output=last)
-            doubts = [name]
-        if doubts:
-            assumed.add(name)
-        planned.append(item)
-        if item.output is not None:
-            outputs[name] = item.output
-    return Plan(tuple(planned), resumes)
+    found = ledger.runs(
+        project=spec.project,
+        workflow=spec.workflow.name,
+        config_digest=spec.config_digest,
+        limit=1,
+    )
+    return found[0] if found and found[0].status != "succeeded" else None
 
 
 def done_effects(run: RunRecord | None, graph: Graph, ledger: Ledger) -> dict[str, StepRecord]:
     """Return the effects that an unfinished run has had already, by step."""
-    if run is None:
-        return {}
-    return {
-        record.name: record
-        for record in ledger.steps(run.run_id)
-        if record.status == "succeeded"
-        and record.name in graph.order
-        and graph.step(record.name).mode == "effect"
-    }
+    return _before(run, graph, ledger)[0]
 
 
 def key_in(
@@ -104,15 +75,18 @@ def key_in(
     name: str,
     outputs: Mapping[str, ArtifactRef],
     artifacts: ArtifactStore,
-    packages: list[str],
-) -> str | None:
-    """Return the key of a step; None for one that makes a state so, which has none."""
+    packages: tuple[str, ...],
+) -> StepKey:
+    """Return the key of a step whose inputs are known. To an effect the outputs of ``ensure`` steps
+    count by name alone; the key of such a step itself serves no cache, only ``why``."""
     step = graph.step(name)
-    if step.mode == "ensure":
-        return None
-    ensured = frozenset(other for other in graph.order if graph.step(other).mode == "ensure")
-    skip = ensured if step.mode == "effect" else frozenset()
+    skip = frozenset() if step.mode == "pure" else ensured(graph)
     return key_of(step, outputs, artifacts, packages, ensured=skip)
+
+
+def ensured(graph: Graph) -> frozenset[str]:
+    """Return the steps that make a state so."""
+    return frozenset(name for name in graph.order if graph.step(name).mode == "ensure")
 
 
 def intact(record: StepRecord | None, artifacts: ArtifactStore) -> ArtifactRef | None:
@@ -125,32 +99,116 @@ def intact(record: StepRecord | None, artifacts: ArtifactStore) -> ArtifactRef |
     return None
 
 
-def _plan_step(
-    name: str,
-    graph: Graph,
-    outputs: dict[str, ArtifactRef],
-    done: Mapping[str, StepRecord],
-    ledger: Ledger,
-    artifacts: ArtifactStore,
-    packages: list[str],
-) -> PlannedStep:
-    step = graph.step(name)
-    if step.mode == "ensure":
-        return PlannedStep(name, step, "run", "makes a state so: runs every time")
-    ensured = {other for other in graph.order if graph.step(other).mode == "ensure"}
-    known = set(outputs) | (ensured if step.mode == "effect" else set())
-    waiting = sorted(graph.needs[name] - known)
-    if waiting:
-        return PlannedStep(name, step, "depends", f"depends on {', '.join(waiting)}")
-    key = key_in(graph, name, outputs, artifacts, packages)
-    assert key is not None
-    if step.mode == "effect":
-        before = done.get(name)
-        output = intact(before, artifacts) if before and before.key == key else None
-        if output is not None:
+def _before(
+    run: RunRecord | None, graph: Graph, ledger: Ledger
+) -> tuple[dict[str, StepRecord], frozenset[str]]:
+    """Return the effects that a run has had, and those of which nobody knows."""
+    records = [] if run is None else ledger.steps(run.run_id)
+    known = [r for r in records if r.name in graph.flat and graph.step(r.name).mode == "effect"]
+    done = {record.name: record for record in known if record.status == "succeeded"}
+    return done, frozenset(r.name for r in known if r.status == "uncertain")
+
+
+@dataclass
+class _Planner:
+    """Goes through the steps in order. ``assumed`` are steps that will run and are taken to give
+    what they gave last."""
+
+    spec: RunSpec
+    graph: Graph
+    ledger: Ledger
+    artifacts: ArtifactStore
+    done: Mapping[str, StepRecord]
+    uncertain: frozenset[str]
+    outputs: dict[str, ArtifactRef] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
+    assumed: set[str] = field(default_factory=set)
+
+    def plan(self, name: str) -> PlannedStep:
+        """Say what would happen to a step, the steps before it having been planned."""
+        item = self._planned(name)
+        doubts = sorted(self.graph.needs[name] & self.assumed)
+        if item.state in ("cached", "skipped") and doubts:
+            item = replace(item, reason=f"{item.reason}, if {_gives(doubts)} what it gave last")
+        if item.state == "run" and item.step.mode != "pure":
+            item = replace(item, output=self._last(name))
+            doubts = [name]
+        if doubts:
+            self.assumed.add(name)
+        if item.state == "skipped":
+            self.skipped.add(name)
+        if item.output is not None:
+            self.outputs[name] = item.output
+        return item
+
+    def _planned(self, name: str) -> PlannedStep:
+        step = self.graph.step(name)
+        if name in self.uncertain:
+            reason = "it may or may not have happened: `mlops-ray resolve` says which"
+            return PlannedStep(name, step, "uncertain", reason)
+        refused = self._reason_to_skip(name)
+        if refused is not None:
+            return PlannedStep(name, step, "skipped", refused)
+        known = self.outputs.keys() | (ensured(self.graph) if step.mode == "effect" else set())
+        waiting = sorted(self.graph.needs[name] - known)
+        if step.mode == "ensure":
+            return PlannedStep(name, step, "run", "makes a state so: runs every time")
+        if waiting:
+            return PlannedStep(name, step, "depends", f"depends on {', '.join(waiting)}")
+        key = key_in(self.graph, name, self.outputs, self.artifacts, self.spec.packages)
+        return self._effect(name, key) if step.mode == "effect" else self._pure(name, key)
+
+    def _effect(self, name: str, key: StepKey) -> PlannedStep:
+        step, before = self.graph.step(name), self.done.get(name)
+        output = before.output if before is not None and before.key == key.key else None
+        if output is not None and self.artifacts.verify(output):
             return PlannedStep(name, step, "finished", "done in that run", key, output)
-        return PlannedStep(name, step, "run", "has effects: runs once in each run")
-    found = intact(ledger.cached(key), artifacts)
-    if found is not None:
-        return PlannedStep(name, step, "cached", "same code, config and inputs", key, found)
-    return PlannedStep(name, step, "run", "no output with this key yet", key)
+        return PlannedStep(name, step, "run", "has effects: runs once in each run", key)
+
+    def _pure(self, name: str, key: StepKey) -> PlannedStep:
+        step = self.graph.step(name)
+        found = self.ledger.cached([key.key]).get(key.key)
+        if found is not None and found.output is not None:
+            if self.artifacts.verify(found.output):
+                reason = "same code, config and inputs"
+                return PlannedStep(name, step, "cached", reason, key, found.output)
+            reason = "its output is missing or corrupt"
+            return PlannedStep(name, step, "run", reason, key, calls=self._calls(step, key))
+        calls = self._calls(step, key)
+        if calls is None:
+            return PlannedStep(name, step, "run", "no output with this key yet", key)
+        reason = f"{calls[0]:,} of {calls[1]:,} calls are cached"
+        return PlannedStep(name, step, "run", reason, key, calls=calls)
+
+    def _calls(self, step: Step, key: StepKey) -> tuple[int, int] | None:
+        if not step.map:
+            return None
+        keys = [
+            item_key(key, {name: element_digest(a) for name, a in call.items()}).key
+            for call in elements_of(step, self.outputs, self.artifacts)
+        ]
+        cached = self.ledger.cached(keys)
+        intact = {k for k, r in cached.items() if r.output and self.artifacts.verify(r.output)}
+        return sum(key in intact for key in keys), len(keys)
+
+    def _reason_to_skip(self, name: str) -> str | None:
+        for other in sorted(self.graph.needs[name]):
+            if other in self.skipped:
+                return f"needs {other}, which would be skipped"
+        conditions = self.graph.conditions(name)
+        asked = {r.step for r in self.graph.flat[name].asked()}
+        if not asked <= self.outputs.keys():
+            return None
+        try:
+            return refusal(conditions, self.outputs, self.artifacts)
+        except WorkflowError:
+            return None  # the run will say what is wrong with what it then has
+
+    def _last(self, name: str) -> ArtifactRef | None:
+        record = self.ledger.latest(self.spec.project, name)
+        output = record.output if record is not None else None
+        return output if output is not None and self.artifacts.verify(output) else None
+
+
+def _gives(names: list[str]) -> str:
+    return f"{', '.join(names)} gives" if len(names) == 1 else f"{', '.join(names)} each give"

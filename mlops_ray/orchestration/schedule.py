@@ -72,9 +72,7 @@ def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
 
 def _instants(wall: datetime, zone: ZoneInfo, fixed: bool) -> Iterator[datetime]:
     """Yield when clocks in the zone show a time, or what counts in its place."""
-    first, second = (
-        wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1)
-    )
+    first, second = (wall.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
     if first > second:  # a gap: the clocks went from before it to after it
         if fixed:
             yield _change(second, first, zone)

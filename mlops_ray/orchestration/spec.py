@@ -78,6 +78,4 @@ def packages_of(project: Project) -> tuple[str, ...]:
 
 def config_digest(project: Project) -> str:
     """Digest everything that decides results: all but where state is kept and which Ray is used."""
-    return digest_json(
-        project.model_dump(mode="json", by_alias=True, exclude=_NOT_OF_THE_RESULT)
-    )
+    return digest_json(project.model_dump(mode="json", by_alias=True, exclude=_NOT_OF_THE_RESULT))

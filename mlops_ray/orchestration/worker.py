@@ -1,38 +1,46 @@
-"""Running one step: arguments made from artifacts, the function called, its output stored."""
+"""Running calls of a step: arguments made from artifacts, the function called, its output stored."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import os
+import pickle
 import shutil
+import socket
 import sys
-import time
 import traceback
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from mlops_ray.config.targets import allow, load
 from mlops_ray.errors import MlopsRayError, StepError, WorkflowError
-from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
+from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore, open_artifacts
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.records import Lease, Link
+from mlops_ray.orchestration.capture import captured, log_path
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.deadline import TimedOut, limited
+from mlops_ray.orchestration.reporting import LiveReporter
 from mlops_ray.orchestration.resolution import Argument
-
-_LEAST_BETWEEN_UPDATES_S = 0.5
+from mlops_ray.orchestration.retries import Cause, classify, digest_of
 
 
 @dataclass(frozen=True)
-class Task:
-    """Everything that a worker needs to run one step of a run."""
+class Job:
+    """What all calls of one step of a run have in common.
+
+    ``fence`` is the lease under which the worker may write to the ledger; None where the step
+    outlives its driver.
+    """
 
     project: str
-    home: Path
+    home: Home
     run_id: str
     step: str
     target: str
@@ -40,102 +48,142 @@ class Task:
     roots: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    pickle: bool = False
+    fence: Lease | None = None
+    timeout_s: float | None = None
 
 
-class LedgerReporter:
-    """A reporter that writes to the ledger; progress at most twice a second."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call: of a mapped step the one for element ``item``, with what it maps over."""
 
-    def __init__(self, ledger: Ledger, task: Task) -> None:
-        self._ledger = ledger
-        self._task = task
-        self._last_update_s = 0.0
-        self._rows: int | None = None
-        self._message = ""
-        self._metrics: dict[str, float] = {}
-        self._params: dict[str, Any] = {}
-
-    def progress(self, *, rows: int | None = None, message: str = "") -> None:
-        """Record rows done and a message."""
-        self._rows = rows if rows is not None else self._rows
-        self._message = message or self._message
-        if time.monotonic() - self._last_update_s >= _LEAST_BETWEEN_UPDATES_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the latest progress now."""
-        self._last_update_s = time.monotonic()
-        self._update(rows=self._rows, message=self._message or None)
-
-    def metric(self, name: str, value: float) -> None:
-        """Record a metric."""
-        self._metrics[name] = float(value)
-        self._update(metrics=self._metrics)
-
-    def param(self, name: str, value: Any) -> None:
-        """Record a parameter."""
-        self._params[name] = value
-        self._update(params=self._params)
-
-    def event(self, kind: str, **data: Any) -> None:
-        """Append an event to the ledger."""
-        self._ledger.append(
-            self._task.project, kind, data, run_id=self._task.run_id, step=self._task.step
-        )
-
-    def _update(self, **values: Any) -> None:
-        self._ledger.update_step(self._task.run_id, self._task.step, **values)
+    item: int = -1
+    attempt: int = 1
+    elements: dict[str, Any] = field(default_factory=dict)
 
 
-def execute(task: Task) -> ArtifactRef:
-    """Run a step and return the address of its output.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call ended: with an output or an error, and what is to be recorded of it.
 
-    Raises:
-        StepError: The step raised; carries the headline and the traceback.
+    ``digest`` names the artifact that could not be read, where that was what failed. ``node`` is
+    ``host:pid``.
     """
-    sys.path[:0] = [root for root in task.roots if root not in sys.path]
-    allow(task.packages)
-    home = Home(task.home)
-    ledger = Ledger(home.ledger_url)
-    try:
-        with _logged(home.run(task.run_id) / "logs" / f"{task.step}.log"):
-            return _call(task, home, ledger)
-    finally:
-        ledger.close()
+
+    item: int
+    started_at: datetime
+    ended_at: datetime
+    node: str
+    output: ArtifactRef | None = None
+    error: StepError | None = None
+    cause: Cause = "user"
+    digest: str | None = None
+    rows: int | None = None
+    message: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    links: list[Link] = field(default_factory=list)
 
 
-def _call(task: Task, home: Home, ledger: Ledger) -> ArtifactRef:
-    reporter = LedgerReporter(ledger, task)
-    context = Context(task.project, home, task.run_id, task.step, reporter, task.command)
-    artifacts = ArtifactStore(home.artifacts)
-    try:
-        function = load(task.target)
-        output = function(**bind(function, task.arguments, context, artifacts))
-        reporter.flush()
-        return artifacts.put(output)
-    except Exception as error:
-        traceback.print_exc()
-        raise _step_error(task, error) from None
-    finally:
-        shutil.rmtree(home.run(task.run_id) / "scratch" / task.step, ignore_errors=True)
+def execute(job: bytes, calls: bytes) -> bytes:
+    """Run calls of a step one after the other: a pickled ``Job``, a list of ``Call``; of ``Outcome``.
+
+    An error of one call is in its outcome and does not keep the others from running.
+    """
+    shared = unpacked(job)
+    return pickle.dumps([perform(shared, call) for call in pickle.loads(calls)])
+
+
+@lru_cache(maxsize=64)
+def unpacked(job: bytes) -> Job:
+    """Return the job that was pickled."""
+    made = pickle.loads(job)
+    assert isinstance(made, Job)
+    return made
+
+
+def perform(job: Job, call: Call) -> Outcome:
+    """Run one call in this process; its errors are in the outcome."""
+    sys.path[:0] = [root for root in job.roots if root not in sys.path]
+    allow(job.packages)
+    reporter = LiveReporter(job.project, job.home, job.run_id, job.step, call.item, job.fence)
+    context = Context(
+        job.project, job.home, job.run_id, job.step, reporter, job.command, call.item
+    )
+    started_at = datetime.now(UTC)
+    result: dict[str, Any] = {}
+    with captured(log_path(job.home, job.run_id, job.step, call.item)) as log:
+        try:
+            with limited(job.timeout_s, log):
+                result = {"output": _call(job, call, context)}
+        except (Exception, SystemExit, TimedOut) as error:
+            traceback.print_exc()
+            result = {
+                "error": _step_error(job, error),
+                "cause": classify(error),
+                "digest": digest_of(error),
+            }
+        finally:
+            shutil.rmtree(context.scratch_path, ignore_errors=True)
+    reporter.close()
+    return Outcome(
+        item=call.item,
+        started_at=started_at,
+        ended_at=datetime.now(UTC),
+        node=f"{socket.gethostname()}:{os.getpid()}",
+        rows=reporter.rows,
+        message=reporter.message or None,
+        metrics=reporter.metrics,
+        params=reporter.params,
+        links=reporter.links,
+        **result,
+    )
+
+
+def _call(job: Job, call: Call, context: Context) -> ArtifactRef:
+    artifacts = _artifacts(job.home)
+    function = load(job.target)
+    output = function(**bind(function, job.arguments | call.elements, context, artifacts))
+    return artifacts.put(output, pickle=job.pickle)
+
+
+@lru_cache(maxsize=4)
+def _artifacts(home: Home) -> ArtifactStore:
+    return open_artifacts(home)
 
 
 def bind(
-    function: Any, given: dict[str, Any], context: Context, artifacts: ArtifactStore
+    function: Callable[..., Any],
+    given: dict[str, Any],
+    context: Context,
+    artifacts: ArtifactStore,
 ) -> dict[str, Any]:
     """Make the arguments of a step function: artifacts read, values checked against annotations.
 
     Raises:
         WorkflowError: An input does not fit its annotation.
+        ArtifactError: An input's artifact is missing or corrupt.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
     bound: dict[str, Any] = {}
-    for name in inspect.signature(function).parameters:
+    for name, adapter in _parameters(function).items():
         if name == "context":
             bound[name] = context
         elif name in given:
-            value = _read(given[name], artifacts)
-            bound[name] = _fit(function, name, value, hints.get(name, Any))
+            bound[name] = _fit(function, name, _read(given[name], artifacts), adapter)
     return bound
+
+
+@lru_cache(maxsize=256)
+def _parameters(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    hints = typing.get_type_hints(function, include_extras=True)
+    names = inspect.signature(function).parameters
+    return {name: _adapter(Any if name == "context" else hints.get(name, Any)) for name in names}
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    is_model = inspect.isclass(annotation) and issubclass(annotation, BaseModel)
+    config = None if is_model else ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(annotation, config=config)
 
 
 def _read(value: Any, artifacts: ArtifactStore) -> Any:
@@ -148,11 +196,9 @@ def _read(value: Any, artifacts: ArtifactStore) -> Any:
     return value
 
 
-def _fit(function: Any, name: str, value: Any, annotation: Any) -> Any:
-    is_model = inspect.isclass(annotation) and issubclass(annotation, BaseModel)
-    config = None if is_model else ConfigDict(arbitrary_types_allowed=True)
+def _fit(function: Any, name: str, value: Any, adapter: TypeAdapter[Any]) -> Any:
     try:
-        return TypeAdapter(annotation, config=config).validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join([name, *(str(part) for part in first["loc"])])
@@ -162,25 +208,14 @@ def _fit(function: Any, name: str, value: Any, annotation: Any) -> Any:
         ) from error
 
 
-def _step_error(task: Task, error: Exception) -> StepError:
-    known = isinstance(error, MlopsRayError)
+def _step_error(job: Job, error: BaseException) -> StepError:
+    known = isinstance(error, MlopsRayError | TimedOut)
     what = str(error) if known else f"{type(error).__name__}: {error}"
     return StepError(
         what,
-        step=task.step,
-        run_id=task.run_id,
+        step=job.step,
+        run_id=job.run_id,
         detail=traceback.format_exc(),
-        where=f"step {task.step}",
-        fix="" if known else f"see the step's log: {task.step}.log of run {task.run_id}",
+        where=f"step {job.step}",
+        fix="" if known else f"see the step's log: mlops-ray logs {job.run_id} {job.step}",
     )
-
-
-@contextlib.contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        path.open("a", buffering=1, encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        yield

@@ -32,6 +32,7 @@ def register(
     given = {key: _text(value) for key, value in (lineage or {}).items() if value is not None}
     origin = provenance(context) | given
     version = Registry(context.home).register(model_name, package, report, origin, alias)
+    context.reporter.writes("model", f"{version.name}@{version.version}")
     context.reporter.event(
         "registration",
         model=version.name,

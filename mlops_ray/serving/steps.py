@@ -30,6 +30,9 @@ def batch_predict(
     result = score_batch(
         context, project, features, manifest.service_name, model, batch, serving.threshold
     )
+    context.reporter.reads("model", f"{model.name}@{model.version}")
+    for view, version in result.feature_versions.items():
+        context.reporter.reads("view", f"{view}@{version}")
     context.reporter.metric("rows", result.rows)
     context.reporter.event(
         "batch_prediction", model=model.name, version=model.version, output=result.output
@@ -46,5 +49,6 @@ def push_endpoint(context: Context, project: str, serving: Serving, features: Fe
     from mlops_ray.serving.push import deploy
 
     endpoint = deploy(project, context.home, serving, features)
+    context.reporter.writes("deployment", endpoint.name)
     context.reporter.event("push_endpoint", url=endpoint.url)
     return endpoint

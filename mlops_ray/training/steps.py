@@ -100,6 +100,7 @@ def evaluate_alias(
     version = Registry(context.home).find(f"{model_name}@{alias}")
     if version is None:
         return None
+    context.reporter.reads("model", f"{version.name}@{version.version}")
     report = evaluate(context, Path(version.package), data, evaluation)
     seen_until = packages.read(Path(version.package)).manifest.training.get("seen_until")
     has_seen = bool(

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from contract import world
+from contract.ledgers import Ledgers
 from redis_server import serve
 
 from mlops_ray.config.features import Features
@@ -22,6 +23,7 @@ from mlops_ray.features.definitions import define
 from mlops_ray.features.join import join_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import EXPIRED, NOT_FOUND, NULL, PRESENT, OnlineStore, open_online
+from mlops_ray.metadata.home import Home, Storage
 
 STATUS = {PRESENT: "present", NULL: "null", NOT_FOUND: "not found", EXPIRED: "expired"}
 
@@ -179,3 +181,14 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlops_ray.features.files.GROUP_ROWS", 4)
     monkeypatch.setattr("mlops_ray.features.files.BATCH_ROWS", 3)
     monkeypatch.setattr("mlops_ray.features.join._JOB_LABELS", 3)
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "writer"])
+def ledgers(request: pytest.FixtureRequest, tmp_path: Path) -> Ledgers:
+    """An empty ledger of each kind: opened directly, or through the writer of a Ray cluster."""
+    url = None
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").new_database()
+    if request.param == "writer":
+        request.getfixturevalue("ray_cluster")
+    return Ledgers(Home(tmp_path / "home", Storage(ledger=url)), through_ray=request.param == "writer")

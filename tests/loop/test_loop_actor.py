@@ -20,7 +20,6 @@ from mlops_ray.config.monitoring import Loop, Monitoring
 from mlops_ray.errors import MonitoringError
 from mlops_ray.loop import actor
 from mlops_ray.loop.controller import ControllerSpec
-from mlops_ray.loop.jobs import RetrainCommand
 from mlops_ray.loop.state import ControllerState
 from mlops_ray.metadata.delta import LABEL_SCHEMA, MONITOR_NAMESPACE, Delta, prediction_schema
 from mlops_ray.metadata.home import Home
@@ -28,6 +27,7 @@ from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.profile import Counts, Reference
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.monitoring.measurement import Measurement, ServedVersion
+from mlops_ray.orchestration.jobs import JobCommand
 
 START = datetime(2013, 3, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -73,7 +73,7 @@ def spec(home: Home, project: str, script: str, clock: str = "virtual") -> Contr
                 }
             ),
             "loop": Loop.model_validate({"cooldown": "5d"}),
-            "retrain": RetrainCommand(
+            "retrain": JobCommand(
                 argv=(sys.executable, "-c", script, str(home.root)), env={"SEEN": "by the job"}
             ),
             "clock": clock,

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ import pytest
 from mlops_ray.config.monitoring import Loop, Monitoring
 from mlops_ray.errors import ClusterError, MonitoringError
 from mlops_ray.loop.controller import Controller, ControllerSpec, deadline
-from mlops_ray.loop.jobs import JobOutcome, RetrainCommand, shell_line
 from mlops_ray.loop.state import ControllerState, StateStore
 from mlops_ray.metadata.delta import LABEL_SCHEMA, Delta, prediction_schema
 from mlops_ray.metadata.profile import Counts, Reference
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.monitoring.measurement import Measurement, ServedVersion
+from mlops_ray.orchestration.jobs import JobCommand, JobOutcome, shell_line
 
 START = datetime(2013, 3, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -30,23 +30,25 @@ class Cluster:
 
     def __init__(self) -> None:
         self.submitted: list[tuple[str, str]] = []
-        self.outcomes: dict[str, JobOutcome] = {}
+        self.known: dict[str, JobOutcome] = {}
         self.down = False
 
-    def submit(self, submission_id: str, command: RetrainCommand, until: str) -> None:
+    def submit(self, submission_id: str, command: JobCommand) -> None:
         if self.down:
             raise ClusterError("no dashboard")
-        if submission_id not in self.outcomes:
-            self.submitted.append((submission_id, until))
-            self.outcomes[submission_id] = JobOutcome(status="running")
+        if submission_id not in self.known:
+            self.submitted.append((submission_id, command.argv[-1].removeprefix("until=")))
+            self.known[submission_id] = JobOutcome(status="running")
 
-    def outcome(self, submission_id: str) -> JobOutcome:
+    def outcomes(self, submission_ids: Iterable[str]) -> dict[str, JobOutcome]:
         if self.down:
             raise ClusterError("no dashboard")
-        return self.outcomes.get(submission_id, JobOutcome(status="lost"))
+        return {i: self.known.get(i, JobOutcome(status="lost")) for i in submission_ids}
+
+    def stop(self, submission_id: str) -> None: ...
 
     def end(self, **outcome: Any) -> None:
-        self.outcomes[self.submitted[-1][0]] = JobOutcome(**outcome)
+        self.known[self.submitted[-1][0]] = JobOutcome(**outcome)
 
 
 class World:
@@ -88,7 +90,7 @@ class Bench:
                 }
             ),
             loop=Loop.model_validate({"cooldown": "5d"}),
-            retrain=RetrainCommand(argv=("train",)),
+            retrain=JobCommand(argv=("train",)),
             clock="virtual",
         )
         self.restart()
@@ -156,8 +158,9 @@ def test_a_whole_circle(bench: Bench) -> None:
     (trigger,) = bench.controller.history("trigger")
     assert trigger["reason"].startswith("drift: PSI")
     assert trigger["evidence"]["drifted_features"] == 1
-    assert [kind for kind, _ in bench.world.events] == ["trigger", "retraining"]
-    assert bench.world.events[1][1]["promoted"] is True
+    told = ["measured", "measured", "trigger", "measured", "retraining"]
+    assert [kind for kind, _ in bench.world.events] == told
+    assert bench.world.events[-1][1]["promoted"] is True
 
 
 def test_failed_job_is_recorded_and_counts_for_the_cooldown(bench: Bench) -> None:
@@ -220,7 +223,7 @@ def test_killed_at_any_point_it_goes_on(bench: Bench) -> None:
 def test_killed_between_submitting_and_remembering_it_does_not_submit_twice(bench: Bench) -> None:
     bench.drift(0)
     bench.controller.tick(START + DAY, start=False)
-    bench.jobs.submit("p-retrain-1-20130302T000000Z", bench.spec.retrain, "")  # then it died
+    bench.jobs.submit("p-retrain-1-20130302T000000Z", bench.spec.retrain)  # then it died
     bench.restart()
     assert bench.controller.start_retraining()["phase"] == "retraining"
     assert len(bench.jobs.submitted) == 1
@@ -229,12 +232,12 @@ def test_killed_between_submitting_and_remembering_it_does_not_submit_twice(benc
 def test_a_job_that_its_cluster_lost_is_submitted_again(bench: Bench) -> None:
     bench.drift(0)
     bench.controller.tick(START + DAY)
-    bench.jobs.outcomes.clear()  # a new cluster
+    bench.jobs.known.clear()  # a new cluster
     assert bench.controller.poll()["phase"] == "retraining"
     assert len(bench.jobs.submitted) == 2
     assert bench.jobs.submitted[0] == bench.jobs.submitted[1]
     for _ in range(3):
-        bench.jobs.outcomes.clear()
+        bench.jobs.known.clear()
         status = bench.controller.poll()
     assert (status["phase"], status["failures"]) == ("watching", 1)
     assert len(bench.jobs.submitted) == 3
@@ -315,8 +318,8 @@ def test_without_a_command_nothing_is_retrained(bench: Bench) -> None:
 def test_shell_line_is_quoted_and_understood_by_hydra() -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    command = RetrainCommand(argv=("python", "-c", "print('a b')"), directory="/some where")
-    line = shell_line(command, "2013-05-03T00:00:00Z")
+    command = JobCommand(argv=("python", "-c", "print('a b')"), directory="/some where")
+    line = shell_line(command.with_more("until=2013-05-03T00:00:00Z"))
     assert line == (
         "cd '/some where' && exec python -c 'print('\"'\"'a b'\"'\"')' until=2013-05-03T00:00:00Z"
     )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +19,6 @@ from mlops_ray.config.features import Labels
 from mlops_ray.config.monitoring import Loop, Monitoring, Replay
 from mlops_ray.errors import SchemaError
 from mlops_ray.loop.controller import Controller, ControllerSpec
-from mlops_ray.loop.jobs import JobOutcome, RetrainCommand
 from mlops_ray.loop.recording import Recording
 from mlops_ray.loop.replay import Replayer
 from mlops_ray.loop.results import ReplayResult
@@ -30,6 +29,7 @@ from mlops_ray.metadata.delta import LABEL_SCHEMA, Delta, prediction_schema
 from mlops_ray.metadata.profile import Counts, Reference
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.monitoring.measurement import Measurement, ServedVersion
+from mlops_ray.orchestration.jobs import JobCommand, JobOutcome
 from mlops_ray.serving.client import AsyncClient
 
 START = datetime(2013, 3, 1, tzinfo=UTC)
@@ -185,17 +185,19 @@ class StandIn:
 
     def publish(self, state: ControllerState, measurement: Measurement | None) -> None: ...
 
-    def submit(self, submission_id: str, command: RetrainCommand, until: str) -> None:
+    def submit(self, submission_id: str, command: JobCommand) -> None:
         if submission_id not in self.jobs:
             self.jobs[submission_id] = JobOutcome(status="running")
             self.background = 0
             self.commits_at_submission.append(len(self.pipeline.commits))
 
-    def outcome(self, submission_id: str) -> JobOutcome:
+    def outcomes(self, submission_ids: Iterable[str]) -> dict[str, JobOutcome]:
         if self.background >= 3:
             self.version = 2
-            self.jobs[submission_id] = JobOutcome(status="succeeded")
-        return self.jobs[submission_id]
+            self.jobs |= {name: JobOutcome(status="succeeded") for name in submission_ids}
+        return {name: self.jobs[name] for name in submission_ids}
+
+    def stop(self, submission_id: str) -> None: ...
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Endpoint]:
@@ -272,7 +274,7 @@ def play(folder: Path, server: StandIn, session: str = "run") -> ReplayResult:
                 endpoint=endpoint,
                 monitoring=MONITORING,
                 loop=LOOP,
-                retrain=RetrainCommand(argv=("train",)),
+                retrain=JobCommand(argv=("train",)),
                 clock="virtual",
             )
             server.controller = Controller(spec, StateStore(folder / "monitor"), server, server)

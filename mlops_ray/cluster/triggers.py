@@ -1,0 +1,412 @@
+"""Triggers at work: what happened becomes firings, firings become jobs, jobs are seen through.
+
+No Ray in here: the actor around it is in ``mlops_ray.cluster.trigger_actor``. Nothing is remembered
+but in the ledger: a dispatcher that dies is followed by another that goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from mlops_ray.cluster.cursors import Cursor, is_paused, open_cursor
+from mlops_ray.cluster.observations import World
+from mlops_ray.config.base import Frozen
+from mlops_ray.config.project import Project
+from mlops_ray.config.triggers import Trigger
+from mlops_ray.errors import ClusterError, LeaseError, MlopsRayError
+from mlops_ray.loop.policy import drift_breaches, performance_breaches
+from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.records import Event, Firing, Lease, NewEvent
+from mlops_ray.monitoring.measurement import Measurement
+from mlops_ray.orchestration.jobs import JobCommand, JobOutcome, Jobs
+from mlops_ray.orchestration.schedule import next_occurrence
+from mlops_ray.orchestration.triggers import (
+    FIRING_VARIABLE,
+    REASON_VARIABLE,
+    Action,
+    Occasion,
+    after_failure,
+    arguments,
+    due_times,
+    firing_of,
+    is_by_hand,
+    plan,
+    reason_of,
+    submission_id,
+)
+
+LEASE = "triggers/{project}"
+LEASE_TTL_S = 20.0
+
+_RENEW_EVERY_S = 4.0
+_LOOK_EVERY_S = 5.0
+_MOST_AT_ONCE = 10_000
+_ENDS = {
+    "succeeded": ("run_succeeded",),
+    "failed": ("run_failed",),
+    "any": ("run_succeeded", "run_failed", "run_cancelled"),
+}
+
+
+class TriggersSpec(Frozen):
+    """What a dispatcher is told: the project, its working directory, how a workflow of it is run."""
+
+    project: Project
+    directory: str
+    command: JobCommand
+
+
+class Dispatcher:
+    """Looks at what triggers wait for, and sees their jobs through.
+
+    Its methods may be called from any thread.
+
+    Args:
+        spec: What to do.
+        ledger: Where everything is remembered.
+        jobs: Where jobs run.
+        world: What is looked at beside the ledger.
+        owner: Who we are: of several dispatchers of a project one acts, the others stand by.
+        clock: Tells the present moment.
+    """
+
+    def __init__(
+        self,
+        spec: TriggersSpec,
+        ledger: Ledger,
+        jobs: Jobs,
+        world: World,
+        *,
+        owner: str,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._spec = spec
+        self._name = spec.project.name
+        self._triggers = spec.project.triggers
+        self._ledger = ledger
+        self._jobs = jobs
+        self._world = world
+        self._owner = owner
+        self._clock = clock
+        self._turn = threading.RLock()
+        self._lease: Lease | None = None
+        self._renewed_s = self._looked_s = float("-inf")
+        self._cursors: dict[str, Cursor] = {}
+        self._troubles: dict[str, str] = {}
+
+    def tick(self) -> bool:
+        """Do all that is due; return whether it is this dispatcher that acts.
+
+        Raises:
+            LedgerError: The ledger cannot be reached.
+        """
+        with self._turn:
+            try:
+                if not self._hold():
+                    return False
+                self._look()
+                self._follow()
+                self._act()
+            except LeaseError:
+                self._lease = None
+                return False
+            return True
+
+    @property
+    def webhooks(self) -> frozenset[str]:
+        """The triggers that are fired by a webhook."""
+        return frozenset(name for name, trigger in self._triggers.items() if trigger.webhook)
+
+    def deliver(self, name: str, delivery: str, payload: Any, headers: dict[str, str]) -> bool:
+        """Fire one of ``webhooks``; return whether the delivery is new. Durable on return.
+
+        Raises:
+            ClusterError: Another dispatcher acts.
+        """
+        trigger = self._triggers[name]
+        data = {"payload": payload, "headers": headers}
+        occasion = Occasion(
+            trigger=name,
+            mark=delivery,
+            at=self._clock(),
+            reason=f"webhook delivery {delivery}",
+            data=data,
+        )
+        with self._turn:
+            try:
+                if self._hold():
+                    return self._fire(name, trigger, occasion)
+            except LeaseError:
+                self._lease = None
+        raise ClusterError("another process acts on this project's triggers", where=self._name)
+
+    def status(self) -> dict[str, Any]:
+        """Return whether this dispatcher acts, and what it could not do."""
+        with self._turn:
+            return {"acts": self._lease is not None, "troubles": dict(self._troubles)}
+
+    def close(self) -> None:
+        """Leave the triggers to another dispatcher at once."""
+        with self._turn:
+            if self._lease is not None:
+                self._ledger.release(self._lease)
+                self._lease = None
+
+    def _hold(self) -> bool:
+        """Hold the project's lease; say whether it is ours."""
+        now_s = time.monotonic()
+        if self._lease is None:
+            try:
+                name = LEASE.format(project=self._name)
+                self._lease = self._ledger.acquire(name, self._owner, LEASE_TTL_S)
+            except LeaseError:
+                return False
+            self._cursors.clear()
+        elif now_s - self._renewed_s < _RENEW_EVERY_S:
+            return True
+        else:
+            self._lease = self._ledger.renew(self._lease, LEASE_TTL_S)
+        self._renewed_s = now_s
+        return True
+
+    # What happened
+
+    def _look(self) -> None:
+        now_s = time.monotonic()
+        outside = now_s - self._looked_s >= _LOOK_EVERY_S
+        if outside:
+            self._looked_s = now_s
+        for name, trigger in self._triggers.items():
+            with self._trouble(name):
+                cursor = self._cursor(name, trigger)
+                if outside or trigger.source not in ("data", "commit"):
+                    for occasion in self._occasions(name, trigger, cursor):
+                        self._fire(name, trigger, occasion)
+
+    def _cursor(self, name: str, trigger: Trigger) -> Cursor:
+        if name not in self._cursors:
+            assert self._lease is not None
+            self._cursors[name] = open_cursor(
+                self._ledger, self._name, name, trigger, self._world, self._lease
+            )
+        return self._cursors[name]
+
+    def _occasions(self, name: str, trigger: Trigger, cursor: Cursor) -> Iterator[Occasion]:
+        """Yield what is new; the cursor moves past an occasion when the next one is asked for."""
+        if trigger.cron is not None:
+            yield from self._due_times(name, trigger, cursor)
+        elif trigger.data is not None:
+            seen = self._world.version(trigger.data, cursor.seen)
+            yield from self._changed(
+                name, cursor, seen, f"{trigger.data}@{seen.rpartition(':')[2]}"
+            )
+        elif trigger.commit is not None:
+            seen = self._world.head(trigger.commit)
+            yield from self._changed(name, cursor, seen, f"{trigger.commit} at {seen[:12]}")
+        else:
+            for event in self._new_events(trigger, cursor.event):
+                occasion = self._of_event(name, trigger, event)
+                if occasion is not None:
+                    yield occasion
+                cursor.event = event.id
+
+    def _due_times(self, name: str, trigger: Trigger, cursor: Cursor) -> Iterator[Occasion]:
+        now = self._clock()
+        if cursor.next is not None and now < cursor.next:
+            return
+        yield from due_times(name, trigger, cursor.since, now)
+        cursor.since = max(cursor.since, now)
+        assert trigger.cron is not None
+        upcoming = next_occurrence(trigger.cron, trigger.timezone, cursor.since)
+        cursor.next = upcoming or datetime.max.replace(tzinfo=UTC)
+
+    def _changed(self, name: str, cursor: Cursor, seen: str, reason: str) -> Iterator[Occasion]:
+        if seen == cursor.seen:
+            return
+        data = {"seen": seen, "before": cursor.seen}
+        yield Occasion(trigger=name, mark=seen, at=self._clock(), reason=reason, data=data)
+        cursor.seen = seen
+
+    def _new_events(self, trigger: Trigger, after: int) -> list[Event]:
+        kinds: tuple[str, ...] = ()
+        if trigger.after is not None:
+            kinds = _ENDS[trigger.after.status]
+        elif trigger.event is not None:
+            kinds = (trigger.event,)
+        elif trigger.drift is not None or trigger.performance is not None:
+            kinds = ("measured",)
+        found = [self._ledger.events(project=self._name, kind=k, after=after) for k in kinds]
+        return sorted((event for events in found for event in events), key=lambda event: event.id)
+
+    def _of_event(self, name: str, trigger: Trigger, event: Event) -> Occasion | None:
+        mark, reason = str(event.id), f"{event.kind} {event.id}"
+        data: dict[str, Any] = {"event_id": event.id}
+        if trigger.after is not None:
+            run = self._ledger.run(event.run_id or "")
+            if run is None or run.workflow != trigger.after.workflow:
+                return None
+            status = event.kind.removeprefix("run_")
+            mark, reason = f"{run.run_id}:{status}", f"{run.workflow} {status}, run {run.run_id}"
+            data |= {"run_id": run.run_id, "status": status}
+        elif trigger.event is not None:
+            data |= {"event": event.data, "run_id": event.run_id}
+        else:
+            breaches = self._breaches(trigger, event)
+            if not breaches:
+                return None
+            mark, reason = str(event.data["at"]), "; ".join(breaches)
+        return Occasion(trigger=name, mark=mark, at=event.at, reason=reason, data=data)
+
+    def _breaches(self, trigger: Trigger, event: Event) -> list[str]:
+        """Return what a measurement has too much of. Those of a replay do not count."""
+        if event.run_id is not None:
+            return []
+        fields = Measurement.model_fields
+        known = {name: value for name, value in event.data.items() if name in fields}
+        measured = Measurement.model_validate(known)
+        monitoring = self._spec.project.monitoring
+        if trigger.drift is not None:
+            bound = monitoring.drift.model_copy(update=trigger.bounds)
+            return list(drift_breaches(measured.drift, bound))
+        limit = monitoring.performance.model_copy(update=trigger.bounds)
+        return list(performance_breaches(measured.performance, limit))
+
+    def _fire(self, name: str, trigger: Trigger, occasion: Occasion) -> bool:
+        if not occasion.skip and is_paused(self._ledger, self._name, name, trigger):
+            occasion = occasion.model_copy(update={"skip": "paused"})
+        firing = firing_of(self._name, occasion)
+        new = self._ledger.fire(firing, fence=self._lease)
+        if new:
+            self._note(firing, firing.status)
+        return new
+
+    # What becomes of it
+
+    def _follow(self) -> None:
+        """Learn how the jobs stand."""
+        running = self._firings("submitted")
+        if not running:
+            return
+        with self._trouble("jobs"):
+            outcomes = self._jobs.outcomes([firing.job or "" for firing in running])
+            for firing in running:
+                outcome = outcomes[firing.job or ""]
+                if outcome.status != "running":
+                    self._ended(firing, outcome)
+
+    def _ended(self, firing: Firing, outcome: JobOutcome) -> None:
+        trigger = self._triggers.get(firing.trigger)
+        told = {"message": outcome.message, "log": outcome.log}
+        data = firing.data | {name: text for name, text in told.items() if text}
+        if outcome.status == "succeeded":
+            self._change(firing, status="succeeded")
+        elif "stopping" in firing.data:
+            self._change(firing, status="cancelled")
+        elif trigger is None:
+            self._change(firing, status="failed", data=data)
+        else:
+            lost = outcome.status == "lost"
+            failed = firing.model_copy(update={"data": data})
+            self._change(firing, **after_failure(trigger, failed, self._clock(), lost=lost))
+
+    def _act(self) -> None:
+        open_firings: dict[str, list[Firing]] = defaultdict(list)
+        for firing in [*self._firings("due"), *self._firings("submitted")]:
+            open_firings[firing.trigger].append(firing)
+        for name, firings in open_firings.items():
+            with self._trouble(name):
+                for action in self._plan(name, firings):
+                    self._do(name, action)
+
+    def _plan(self, name: str, firings: list[Firing]) -> list[Action]:
+        trigger = self._triggers.get(name)
+        if trigger is None:
+            gone = [firing for firing in firings if firing.status == "due"]
+            reason = "the trigger is no longer declared"
+            return [Action(kind="skip", firing=firing, reason=reason) for firing in gone]
+        return plan(
+            trigger,
+            firings,
+            now=self._clock(),
+            last_start=self._last_start(name) if trigger.min_interval else None,
+            paused=is_paused(self._ledger, self._name, name, trigger),
+        )
+
+    def _last_start(self, name: str) -> datetime | None:
+        recent = self._ledger.firings(project=self._name, trigger=name)
+        starts = [
+            f.data["started_at"] for f in recent if "started_at" in f.data and not is_by_hand(f)
+        ]
+        return datetime.fromisoformat(max(starts)) if starts else None
+
+    def _do(self, name: str, action: Action) -> None:
+        firing = action.firing
+        if action.kind == "skip":
+            reason = f"{firing.reason}; {action.reason}"
+            self._change(firing, status="skipped", reason=reason)
+        elif action.kind == "submit":
+            self._submit(self._triggers[name], firing)
+        else:
+            self._stop(firing, action.reason)
+
+    def _submit(self, trigger: Trigger, firing: Firing) -> None:
+        """Start a firing's job, once: its id is on record before, and Ray refuses a known one."""
+        attempt = firing.attempt + (firing.job is None)
+        job = submission_id(firing, attempt)
+        now = self._clock().astimezone(UTC).isoformat()
+        data = firing.data | {"started_at": firing.data.get("started_at", now)}
+        if firing.job is None:
+            self._change(firing, attempt=attempt, job=job, data=data)
+        told = {REASON_VARIABLE: reason_of(firing), FIRING_VARIABLE: firing.key}
+        command = self._spec.command.with_more(*arguments(trigger, firing, attempt), **told)
+        self._jobs.submit(job, command)
+        self._change(firing, status="submitted", attempt=attempt, job=job)
+
+    def _stop(self, firing: Firing, reason: str) -> None:
+        """Ask a firing's job to end; the firing is over when the job is."""
+        data = firing.data | {"stopping": reason}
+        if firing.job is None:  # it waits to be tried again
+            self._change(firing, status="cancelled", data=data)
+            return
+        if data != firing.data:
+            self._change(firing, status="submitted", data=data)
+        self._jobs.stop(firing.job)
+
+    def _change(self, firing: Firing, **values: Any) -> None:
+        self._ledger.update_firing(firing.key, fence=self._lease, **values)
+        status = values.get("status", firing.status)
+        if status != firing.status:
+            self._note(
+                firing, status, **{k: v for k, v in values.items() if k in ("job", "attempt")}
+            )
+
+    def _note(self, firing: Firing, status: str, **data: Any) -> None:
+        told = {"firing": firing.key, "trigger": firing.trigger, "reason": firing.reason, **data}
+        event = NewEvent(project=self._name, kind=f"firing_{status}", data=told)
+        self._ledger.apply([event], fence=self._lease)
+
+    def _firings(self, status: str) -> list[Firing]:
+        return self._ledger.firings(project=self._name, status=status, limit=_MOST_AT_ONCE)
+
+    @contextmanager
+    def _trouble(self, name: str) -> Iterator[None]:
+        """Keep one trigger's trouble from the others; it is tried again at the next tick."""
+        try:
+            yield
+        except LeaseError:
+            raise
+        except MlopsRayError as error:
+            text = str(error)
+            if self._troubles.get(name) != text:
+                self._troubles[name] = text
+                data = {"trigger": name, "error": text}
+                event = NewEvent(project=self._name, kind="trigger_trouble", data=data)
+                self._ledger.apply([event], fence=self._lease)
+        else:
+            self._troubles.pop(name, None)

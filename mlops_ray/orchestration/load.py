@@ -1,0 +1,27 @@
+"""A project from its files, checked as a whole: the schema's checks and those of its workflow."""
+
+from __future__ import annotations
+
+from mlops_ray.config.check import load_project
+from mlops_ray.config.locate import Workspace
+from mlops_ray.config.project import Project
+from mlops_ray.errors import Problem
+from mlops_ray.orchestration.checks import check_workflow
+
+
+def load(workspace: Workspace, overrides: list[str]) -> Project:
+    """Compose and check a project.
+
+    Raises:
+        ConfigError: With every problem found, each with its file and line.
+    """
+    return load_with_warnings(workspace, overrides)[0]
+
+
+def load_with_warnings(workspace: Workspace, overrides: list[str]) -> tuple[Project, list[Problem]]:
+    """Compose and check a project; return it with what does not hinder it but looks wrong.
+
+    Raises:
+        ConfigError: With every problem found, each with its file and line.
+    """
+    return load_project(workspace, overrides, check_workflow)

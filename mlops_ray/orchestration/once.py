@@ -1,0 +1,177 @@
+"""Effects that must not happen twice: each runs in an actor that outlives its driver.
+
+The actor says durably that the effect begins, under the lease of the run that wants it, and that it is
+over, before it answers. So an effect that is over is known to be; one that has begun and is not over
+is still running in its actor, or it is *uncertain*: only a person can say whether it happened.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from mlops_ray.errors import LedgerError, WorkflowError
+from mlops_ray.metadata.artifacts import ArtifactStore
+from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.records import Event, NewEvent, RunRecord, StepChange, StepRecord
+from mlops_ray.orchestration.reporting import ledger_of
+from mlops_ray.orchestration.worker import Call, Job, Outcome, perform, unpacked
+
+NAMESPACE = "mlops_ray_effects"
+BEGUN = "effect_begun"
+OVER = "effect_over"
+_RECORD_PATIENCE_S = 600.0
+
+Decision = Literal["done", "rerun"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far the last attempt at an effect got."""
+
+    attempt: int
+    over: bool
+
+
+def actor_name(run_id: str, step: str, call: Call) -> str:
+    """Return the name of the actor of one attempt at an effect."""
+    return f"{run_id}/{step}/{call.item}/{call.attempt}"
+
+
+def standings(events: Iterable[Event]) -> dict[tuple[str, int], Standing]:
+    """Return, from a run's events, how far the effects got that have begun: by step and item."""
+    found: dict[tuple[str, int], Standing] = {}
+    for event in events:
+        if event.kind in (BEGUN, OVER) and event.step is not None:
+            where = (event.step, int(event.data.get("item", -1)))
+            found[where] = Standing(int(event.data["attempt"]), event.kind == OVER)
+    return found
+
+
+def standings_in(ledger: Ledger, run_id: str) -> dict[tuple[str, int], Standing]:
+    """Return how far the effects of a run got."""
+    begun = ledger.events(run_id=run_id, kind=BEGUN)
+    over = ledger.events(run_id=run_id, kind=OVER) if begun else []
+    return standings(sorted([*begun, *over], key=lambda event: event.id))
+
+
+class Effect:
+    """The actor's class: it performs one call once, whoever asks and how often."""
+
+    def __init__(self) -> None:
+        self._answer: bytes | None = None
+
+    def run(self, job: bytes, calls: bytes) -> bytes:
+        """Perform the call and record that it is over; asked again, answer the same."""
+        if self._answer is None:
+            (call,) = pickle.loads(calls)
+            self._answer = pickle.dumps([_perform(unpacked(job), call)])
+        return self._answer
+
+    def process(self) -> int:
+        """Return the actor's process number."""
+        return os.getpid()
+
+
+def _perform(job: Job, call: Call) -> Outcome:
+    ledger = ledger_of(job.home)
+    ledger.apply([_event(job, call, BEGUN)], fence=job.fence)
+    outcome = perform(replace(job, fence=None), call)
+    status = "succeeded" if outcome.error is None else "failed"
+    writes: list[Any] = [_event(job, call, OVER, status=status)]
+    if outcome.error is None:
+        writes.append(StepChange(run_id=job.run_id, name=job.step, item=call.item, values=_values(outcome)))
+    _record(ledger, writes)
+    return outcome
+
+
+def _values(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "status": "succeeded",
+        "output": outcome.output,
+        "started_at": outcome.started_at,
+        "ended_at": outcome.ended_at,
+        "node": outcome.node,
+        "metrics": outcome.metrics,
+        "params": outcome.params,
+    }
+
+
+def _record(ledger: Ledger, writes: list[Any]) -> None:
+    """Write what has happened, however long the ledger cannot: it cannot be made not to have."""
+    until_s = time.monotonic() + _RECORD_PATIENCE_S
+    while True:
+        try:
+            return ledger.apply(writes)
+        except LedgerError:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(1.0)
+
+
+def _event(job: Job, call: Call, kind: str, **data: Any) -> NewEvent:
+    return _event_of(job.project, job.run_id, job.step, call.item, call.attempt, kind, **data)
+
+
+def _event_of(
+    project: str, run_id: str, step: str, item: int, attempt: int, kind: str, **data: Any
+) -> NewEvent:
+    data = {"item": item, "attempt": attempt, **data}
+    return NewEvent(project=project, kind=kind, data=data, run_id=run_id, step=step)
+
+
+def uncertain(run_id: str, step: str, item: int = -1) -> WorkflowError:
+    """Return the error that says that nobody but a person knows whether an effect happened."""
+    which = step if item < 0 else f"{step} --item {item}"
+    return WorkflowError(
+        f"it is not known whether step {step} has happened: it was cut off and must not run twice",
+        where=f"run {run_id}",
+        why="the process in which it ran is gone and has not said that it was done",
+        fix=f"look whether it happened, then say so: `mlops-ray resolve {run_id} {which} --done`, or "
+        "`--rerun` to let it run again; then run the same command again",
+    )
+
+
+def resolve(
+    ledger: Ledger,
+    artifacts: ArtifactStore,
+    run: RunRecord,
+    step: str,
+    item: int,
+    decision: Decision,
+    output: Any = None,
+) -> None:
+    """Settle an uncertain effect as a person says. The run must not be running.
+
+    Args:
+        output: What the step returned, for ``done``: a JSON value.
+
+    Raises:
+        WorkflowError: That step of the run is not uncertain, or the run is running.
+    """
+    record = _uncertain_record(ledger, run, step, item)
+    values: dict[str, Any] = {"status": "pending", "message": None, "error": None}
+    if decision == "done":
+        values |= {"status": "succeeded", "output": artifacts.put(output)}
+        values["message"] = "said to be done"
+    where = {"project": run.project, "run_id": run.run_id, "step": step}
+    over = _event_of(**where, item=item, attempt=record.attempt, kind=OVER, status=decision)
+    said = NewEvent(kind="effect_resolved", data={"item": item, "as": decision}, **where)
+    change = StepChange(run_id=run.run_id, name=step, item=item, values=values)
+    ledger.apply([over, said, change])
+
+
+def _uncertain_record(ledger: Ledger, run: RunRecord, step: str, item: int) -> StepRecord:
+    records = ledger.steps(run.run_id) if item < 0 else ledger.items(run.run_id, step)
+    for record in records:
+        if record.name == step and record.item == item and record.status == "uncertain":
+            return record
+    raise WorkflowError(
+        f"step {step!r} of run {run.run_id} is not uncertain",
+        fix=f"see its steps with `mlops-ray status {run.run_id}`",
+    )
+
