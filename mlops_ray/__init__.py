@@ -28,6 +28,8 @@ from mlops_ray.errors import (
 if TYPE_CHECKING:
     from mlops_ray.api import Run, Session, connect
     from mlops_ray.orchestration.context import Context
+    from mlops_ray.orchestration.declare import workflow
+    from mlops_ray.orchestration.marks import effect, ensure
     from mlops_ray.serving.client import AsyncClient, Client
 
 __version__ = "0.1.0"
@@ -58,6 +60,9 @@ __all__ = [
     "WorkflowError",
     "__version__",
     "connect",
+    "effect",
+    "ensure",
+    "workflow",
 ]
 
 _LAZY = {
@@ -67,6 +72,9 @@ _LAZY = {
     "Run": "mlops_ray.api",
     "Session": "mlops_ray.api",
     "connect": "mlops_ray.api",
+    "effect": "mlops_ray.orchestration.marks",
+    "ensure": "mlops_ray.orchestration.marks",
+    "workflow": "mlops_ray.orchestration.declare",
 }
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import Workspace, open_workspace
 from mlops_ray.config.project import Project
 from mlops_ray.features.plan import FeaturePlan, record
 from mlops_ray.features.store import FeatureStore
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import RunRecord
+from mlops_ray.metadata.records import RunRecord
 from mlops_ray.metadata.types import FeatureVersions
+from mlops_ray.orchestration.load import load_project
 
 
 class Run:
@@ -114,19 +114,14 @@ class Session:
         Raises:
             ConfigError: The configuration has problems.
             StepError: A step failed.
+            WorkflowError: The workflow cannot run now: another process runs it, or somebody
+                cancelled it.
         """
-        from mlops_ray.cluster.command import run_command
-        from mlops_ray.orchestration.executor import Executor
+        from mlops_ray.cluster.running import run_workflow
 
         given = [*self._overrides, f"workflow={workflow}", *overrides]
         project = load_project(self._workspace, given)
-        executor = Executor(
-            project,
-            directory=self._workspace.directory,
-            roots=tuple(str(root) for root in self._workspace.projects),
-            command=run_command(self._workspace.directory, project.home, given),
-        )
-        record = executor.run()
+        executor, record = run_workflow(self._workspace, project, given)
         names = [step.name for step in executor.steps(record.run_id) if step.output is not None]
         return Run(record, _Outputs(executor, record.run_id, names))
 

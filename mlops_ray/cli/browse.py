@@ -261,10 +261,10 @@ VERBS = (
 
 def open_store(overrides: Sequence[str]) -> FeatureStore:
     """Compose and check the project of this folder; return its feature store."""
-    from mlops_ray.config.check import load_project
     from mlops_ray.config.locate import open_workspace
     from mlops_ray.features.store import FeatureStore
     from mlops_ray.metadata.home import Home
+    from mlops_ray.orchestration.load import load_project
 
     project = load_project(open_workspace(Path.cwd()), list(overrides))
     return FeatureStore(project.features, Home(project.home), project.name)

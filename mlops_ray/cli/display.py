@@ -14,9 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlops_ray.config.project import Project
-from mlops_ray.metadata.ledger import RunRecord, StepRecord
-from mlops_ray.orchestration.graph import Graph
-from mlops_ray.orchestration.plan import Plan
+from mlops_ray.metadata.records import RunRecord, StepRecord
 
 _STYLE = {
     "pending": ("·", "dim"),
@@ -25,28 +23,9 @@ _STYLE = {
     "cached": ("≡", "blue"),
     "skipped": ("–", "dim"),
     "failed": ("✗", "bold red"),
-    "finished": ("✓", "green"),
-    "run": ("▶", "cyan"),
-    "depends": ("?", "yellow"),
+    "cancelled": ("✗", "yellow"),
+    "uncertain": ("?", "bold yellow"),
 }
-
-
-def plan_table(project: Project, graph: Graph, plan: Plan) -> Group:
-    """Return the plan as a table: step, what it needs, what would happen and why."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("", "step", "needs", "would", "because", "key"):
-        table.add_column(column, overflow="fold")
-    for item in plan.steps:
-        mark, style = _STYLE[item.state]
-        needs = ", ".join(sorted(graph.after[item.name]))
-        key = (item.key or "")[:10]
-        table.add_row(
-            Text(mark, style), item.name, needs, Text(item.state, style), item.reason, key
-        )
-    title = f"{project.name} · {project.workflow.name}"
-    if plan.resumes is not None:
-        title += f" · would go on with run {plan.resumes.run_id} ({plan.resumes.status})"
-    return Group(Text(title, "bold"), table)
 
 
 def steps_table(run: RunRecord, steps: list[StepRecord]) -> Group:
@@ -68,8 +47,8 @@ def steps_table(run: RunRecord, steps: list[StepRecord]) -> Group:
 class RunDisplay:
     """Live progress of a run: a table on a terminal, a line for each change elsewhere."""
 
-    def __init__(self, project: Project) -> None:
-        self._title = f"{project.name} · {project.workflow.name}"
+    def __init__(self, project: str, workflow: str) -> None:
+        self._title = f"{project} · {workflow}"
         self._console = Console()
         self._live: Live | None = None
         self._seen: dict[str, str] = {}

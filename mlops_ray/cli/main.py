@@ -33,16 +33,22 @@ class Verbs(click.Group):
 
     verbs: ClassVar[dict[str, str]] = {
         "init": "mlops_ray.cli.init:init",
-        "check": "mlops_ray.cli.workflow:check",
-        "plan": "mlops_ray.cli.workflow:plan",
+        "check": "mlops_ray.cli.plans:check",
+        "plan": "mlops_ray.cli.plans:plan",
         "run": "mlops_ray.cli.workflow:run",
         "submit": "mlops_ray.cli.workflow:submit",
+        "why": "mlops_ray.cli.why:why",
+        "cancel": "mlops_ray.cli.cancel:cancel",
+        "resolve": "mlops_ray.cli.resolve:resolve",
         "features": "mlops_ray.cli.features:features",
         "status": "mlops_ray.cli.status:status",
         "logs": "mlops_ray.cli.logs:logs",
         "models": "mlops_ray.cli.models:models",
+        "gc": "mlops_ray.cli.gc:gc",
+        "triggers": "mlops_ray.cli.triggers:triggers",
         "lineage": "mlops_ray.cli.lineage:lineage",
         "reproduce": "mlops_ray.cli.reproduce:reproduce",
+        "rerun": "mlops_ray.cli.reproduce:rerun",
         "doctor": "mlops_ray.cli.doctor:doctor",
     }
 

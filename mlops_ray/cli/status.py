@@ -13,7 +13,7 @@ from mlops_ray.metadata.home import Home
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlops_ray.metadata.ledger import RunRecord
+    from mlops_ray.metadata.records import RunRecord
 
 
 @click.command(short_help="List the latest runs, or show one with its steps.")

@@ -1,4 +1,4 @@
-"""Verbs that look at a workflow or run it: check, plan, run, submit."""
+"""Verbs that run a workflow: run, submit."""
 
 from __future__ import annotations
 
@@ -14,49 +14,11 @@ from mlops_ray.errors import ClusterError, StepError
 
 if TYPE_CHECKING:
     from mlops_ray.config.project import Project
-    from mlops_ray.metadata.ledger import RunRecord
+    from mlops_ray.metadata.records import RunRecord
 
 _WAKE_UP_S = 0.5
 _REPORTS = ("report.html", "report.json")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-
-
-@click.command(short_help="Check the configuration; report every problem at once.")
-@_overrides
-def check(overrides: tuple[str, ...]) -> None:
-    """Check the configuration without starting Ray; report every problem at once.
-
-    KEY=VALUE are Hydra overrides, for example: project=flights workflow=train model.dropout=0.2
-    """
-    from mlops_ray.orchestration.graph import build
-
-    project = _load(list(overrides))[1]
-    graph = build(project.workflow)
-    click.secho("ok: ", fg="green", nl=False)
-    click.echo(
-        f"project {project.name}, workflow {project.workflow.name} with {len(graph.order)} steps, "
-        f"{len(project.features.views)} feature views"
-    )
-
-
-@click.command(short_help="Show the steps that would run, and which are cached.")
-@_overrides
-def plan(overrides: tuple[str, ...]) -> None:
-    """Show the steps that would run, in order, and which ones are cached."""
-    from rich.console import Console
-
-    from mlops_ray.cli.display import plan_table
-    from mlops_ray.metadata.artifacts import ArtifactStore
-    from mlops_ray.metadata.home import Home
-    from mlops_ray.metadata.ledger import Ledger
-    from mlops_ray.orchestration.graph import build
-    from mlops_ray.orchestration.plan import make_plan
-
-    project = _load(list(overrides))[1]
-    home = Home(project.home)
-    graph = build(project.workflow)
-    made = make_plan(project, graph, Ledger(home.ledger_url), ArtifactStore(home.artifacts))
-    Console().print(plan_table(project, graph, made))
 
 
 @click.command(short_help="Run a workflow; an interrupted one goes on.")
@@ -130,7 +92,7 @@ def _echo(text: str) -> None:
 
 
 def _load(overrides: list[str]) -> tuple[Workspace, Project]:
-    from mlops_ray.config.check import load_project
+    from mlops_ray.orchestration.load import load_project
 
     workspace = open_workspace(Path.cwd())
     return workspace, load_project(workspace, overrides)
@@ -138,24 +100,13 @@ def _load(overrides: list[str]) -> tuple[Workspace, Project]:
 
 def _run(workspace: Workspace, project: Project, overrides: list[str], fresh: bool) -> RunRecord:
     from mlops_ray.cli.display import RunDisplay
-    from mlops_ray.cluster.command import run_command
-    from mlops_ray.cluster.connect import connect, resolve_address
-    from mlops_ray.orchestration.executor import Executor
-    from mlops_ray.orchestration.graph import build
+    from mlops_ray.cluster.running import run_workflow
 
-    build(project.workflow)
-    with RunDisplay(project) as display:
-        local = resolve_address(project.cluster) == "local"
-        display.say("starting Ray" if local else "joining Ray")
-        connect(project.cluster, roots=workspace.projects)
-        executor = Executor(
-            project,
-            directory=workspace.directory,
-            roots=tuple(str(root) for root in workspace.projects),
-            command=run_command(workspace.directory, project.home, overrides),
-            listener=display.update,
+    with RunDisplay(project.name, project.workflow.name) as display:
+        _, record = run_workflow(
+            workspace, project, overrides, fresh=fresh, listener=display.update, say=display.say
         )
-        return executor.run(fresh=fresh)
+    return record
 
 
 def _stay(project: Project) -> None:

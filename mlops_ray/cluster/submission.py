@@ -16,6 +16,7 @@ from mlops_ray.cluster.connect import prepare_environment
 from mlops_ray.config.locate import default_home
 from mlops_ray.errors import ClusterError
 from mlops_ray.metadata.changes import shipped
+from mlops_ray.metadata.home import STORAGE_VARIABLES
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _EXCLUDES = (".git", ".venv", ".mlops-ray*", "**/__pycache__", "outputs", "multirun")
@@ -71,6 +72,7 @@ def _command(overrides: list[str]) -> list[str]:
 
 def _runtime_environment(directory: Path, local: bool, source: dict[str, str]) -> dict[str, Any]:
     variables = {"PYTHONUNBUFFERED": "1"} | source
+    variables |= {k: os.environ[k] for k in STORAGE_VARIABLES.values() if k in os.environ}
     if local:
         variables["MLOPS_RAY_HOME"] = str(default_home())
     return {"working_dir": str(directory), "excludes": list(_EXCLUDES), "env_vars": variables}

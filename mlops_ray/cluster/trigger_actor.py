@@ -6,20 +6,31 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from mlops_ray.cluster.command import run_command
 from mlops_ray.cluster.observations import ProjectWorld
 from mlops_ray.cluster.triggers import Dispatcher, TriggersSpec
 from mlops_ray.cluster.webhook import WebhookServer
+from mlops_ray.config.locate import Workspace
+from mlops_ray.config.project import Project
 from mlops_ray.config.triggers import Webhook
 from mlops_ray.errors import ClusterError, MlopsRayError
 from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
-from mlops_ray.orchestration.jobs import RayJobs, told_environment
+from mlops_ray.orchestration.jobs import (
+    JobCommand,
+    Jobs,
+    RayJobs,
+    shipped_directory,
+    told_environment,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +43,7 @@ _TICK_S = 1.0
 _THREADS = 8
 
 Clock = Callable[[], datetime]
+JobsFactory = Callable[[], Jobs]
 
 
 def wall_clock() -> datetime:
@@ -45,12 +57,15 @@ class TriggerActor:
     What it does is in the ledger: the newest event ``triggers_configured`` of the project.
     """
 
-    def __init__(self, home: Home, project: str, clock: Clock = wall_clock) -> None:
+    def __init__(
+        self, home: Home, project: str, clock: Clock = wall_clock, jobs: JobsFactory = RayJobs
+    ) -> None:
         import ray
 
         self._home = home
         self._project = project
         self._clock = clock
+        self._jobs = jobs()
         self._owner = f"actor {ray.get_runtime_context().get_actor_id()}"
         self._ledger = open_ledger(home)
         self._turn = threading.RLock()
@@ -77,7 +92,7 @@ class TriggerActor:
             self._dispatcher = Dispatcher(
                 spec.model_copy(update={"command": told}),
                 self._ledger,
-                RayJobs(),
+                self._jobs,
                 world,
                 owner=self._owner,
                 clock=self._clock,
@@ -135,7 +150,7 @@ def configured(ledger: Ledger, project: str) -> TriggersSpec:
     """Return what the triggers of a project were last told.
 
     Raises:
-        ClusterError: They were never started.
+        ClusterError: They were never started, or were told something that is not understood.
     """
     events = ledger.events(project=project, kind=CONFIGURED)
     if not events:
@@ -143,11 +158,22 @@ def configured(ledger: Ledger, project: str) -> TriggersSpec:
             f"the triggers of project {project!r} were never started",
             fix="start them: `mlops-ray triggers start`",
         )
-    return TriggersSpec.model_validate(events[-1].data)
+    try:
+        return TriggersSpec.model_validate(events[-1].data)
+    except ValidationError as error:
+        raise ClusterError(
+            f"what the triggers of project {project!r} were told is not understood",
+            why=str(error).splitlines()[-1].strip(),
+            fix="start them again, with this version: `mlops-ray triggers start`",
+        ) from error
 
 
-def ensure(home: Home, spec: TriggersSpec, clock: Clock = wall_clock) -> Any:
+def ensure(
+    home: Home, spec: TriggersSpec, clock: Clock = wall_clock, jobs: JobsFactory = RayJobs
+) -> Any:
     """Return the project's running actor, started or told anew what ``spec`` says.
+
+    ``clock`` and ``jobs`` are what a new one tells the time by and runs jobs with.
 
     Raises:
         LedgerError: The ledger cannot be written.
@@ -173,9 +199,24 @@ def ensure(home: Home, spec: TriggersSpec, clock: Clock = wall_clock) -> Any:
         num_cpus=0,
         runtime_env={"env_vars": variables},
     )
-    handle = actor.remote(home, project.name, clock)
+    handle = actor.remote(home, project.name, clock, jobs)
     ray.get(handle.configure.remote())
     return handle
+
+
+def spec_of(workspace: Workspace, project: Project, overrides: Sequence[str]) -> TriggersSpec:
+    """Return what the triggers of a project are told. This process is connected to Ray.
+
+    ``overrides`` are those that the project was loaded with; its workflow does not matter.
+    """
+    return TriggersSpec(
+        project=project,
+        directory=str(workspace.directory),
+        command=JobCommand(
+            argv=run_command(workspace.directory, project.home, overrides),
+            directory=shipped_directory(),
+        ),
+    )
 
 
 def find(project: str) -> Any:

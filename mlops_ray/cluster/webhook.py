@@ -116,7 +116,7 @@ class WebhookServer:
 
     def _is_signed(self, body: bytes, signature: str) -> bool:
         wanted = "sha256=" + hmac.new(self._secret, body, hashlib.sha256).hexdigest()
-        return hmac.compare_digest(wanted.encode(), signature.encode())
+        return hmac.compare_digest(wanted.encode(), signature.encode(errors="surrogateescape"))
 
 
 def _answer(status: int, message: str) -> web.Response:

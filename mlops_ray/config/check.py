@@ -13,11 +13,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from mlops_ray.config import signatures
-from mlops_ray.config.compose import Composed, compose
+from mlops_ray.config.compose import Composed, Origin, compose
 from mlops_ray.config.locate import Workspace, default_home
 from mlops_ray.config.project import Project
-from mlops_ray.config.workflow import Workflow
 from mlops_ray.config.trigger_check import trigger_problems
+from mlops_ray.config.workflow import Workflow
 from mlops_ray.errors import ConfigError, Problem
 
 OWN_PACKAGE = "mlops_ray"
@@ -35,14 +35,20 @@ class Findings:
     warnings: list[Problem] = field(default_factory=list)
 
 
+Declare = Callable[[str, dict[str, Any]], tuple[dict[str, Any], dict[str, Origin]]]
+"""Makes a workflow's values, and their origins, from the dotted name of its declaration in Python and
+the composed configuration."""
+
 WorkflowCheck = Callable[[Workflow, tuple[str, ...]], Findings]
 """Checks a workflow given the packages that dotted names may point into; see ``orchestration``."""
 
 
-def load_project(
-    workspace: Workspace, overrides: list[str], check_workflow: WorkflowCheck
+def check_project(
+    workspace: Workspace, overrides: list[str], check_workflow: WorkflowCheck, declare: Declare
 ) -> tuple[Project, list[Problem]]:
     """Compose and check a project; return it with warnings.
+
+    A workflow that says ``declared_by: package.module.name`` is taken from there.
 
     Raises:
         ConfigError: With every problem found: unknown keys, wrong types and values, dotted names
@@ -54,6 +60,7 @@ def load_project(
     if values.get("home") is None:
         values["home"] = str(default_home())
     workspace.import_roots()
+    composed = _with_declared(composed, declare)
     problems = [*_target_problems(composed), *_call_problems(composed)]
     project = None
     try:
@@ -62,6 +69,7 @@ def load_project(
         problems += _schema_problems(error, composed)
     if project is not None:
         problems += _reference_problems(project, composed)
+        problems += trigger_problems(project, composed)
     found = _workflow_findings(composed, check_workflow)
     problems += found.problems
     if problems:
@@ -70,9 +78,30 @@ def load_project(
     return project, found.warnings
 
 
-def check_declared(workflow: Workflow, composed: Composed, check_workflow: WorkflowCheck) -> None:
+def _with_declared(composed: Composed, declare: Declare) -> Composed:
+    """Put in the workflow that is declared in Python, where the configuration names one."""
+    values, path = composed.values, "workflow.declared_by"
+    given = values.get("workflow")
+    if not isinstance(given, dict) or "declared_by" not in given:
+        return composed
+    target, packages = str(given["declared_by"]), allowed_packages(values)
+    others = sorted(set(given) - {"declared_by"})
+    what = hint = ""
+    if others:
+        what = f"{', '.join(others)} cannot be given beside it."
+    elif not is_allowed(target, packages):
+        what = f"{target!r} is not on the allow-list."
+        hint = f"Allowed are: {', '.join(packages)}. Add its package to 'allow' to trust it."
+    if what:
+        raise ConfigError([Problem(path, what, *composed.origin(path), hint)])
+    workflow, origins = declare(target, values)
+    merged = {**composed.origins, **origins}
+    return replace(composed, values={**values, "workflow": workflow}, origins=merged)
+
+
+def check_declared(composed: Composed, check_workflow: WorkflowCheck) -> None:
     """Check a workflow that was declared in Python. ``composed`` holds it as values, with the packages
-    and the origin of each path.
+    that its functions are in and the origin of each path.
 
     Raises:
         ConfigError: With every problem found.

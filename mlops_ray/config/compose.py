@@ -26,6 +26,10 @@ COMMAND_LINE = "command line"
 _PRIMARY = "config"
 
 
+Origin = tuple[str, int | None]
+"""File and line; the line is None where there is none."""
+
+
 @dataclass(frozen=True)
 class Composed:
     """A composed configuration: plain values, and for each dotted path its file and line.
@@ -34,11 +38,11 @@ class Composed:
     """
 
     values: dict[str, Any]
-    origins: dict[str, tuple[str, int | None]] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
     workflows: tuple[str, ...] = ()
 
-    def origin(self, path: str) -> tuple[str, int | None]:
+    def origin(self, path: str) -> Origin:
         """Return file and line of the longest known prefix of ``path``; ("", None) without one."""
         parts = path.split(".")
         for length in range(len(parts), 0, -1):
@@ -142,7 +146,7 @@ def _lenient(loader: ConfigLoaderImpl, override: Override) -> str:
     return line
 
 
-def _plain(config: DictConfig, origins: dict[str, tuple[str, int | None]]) -> dict[str, Any]:
+def _plain(config: DictConfig, origins: dict[str, Origin]) -> dict[str, Any]:
     with open_dict(config):
         config.pop("hydra", None)
     try:
@@ -157,16 +161,14 @@ def _plain(config: DictConfig, origins: dict[str, tuple[str, int | None]]) -> di
     return {str(key): value for key, value in dict(values or {}).items()}  # type: ignore[arg-type]
 
 
-def _located(key: str, message: str, origins: dict[str, tuple[str, int | None]]) -> Problem:
+def _located(key: str, message: str, origins: dict[str, Origin]) -> Problem:
     file, line = Composed({}, origins).origin(key)
     return Problem(key, message, file, line)
 
 
-def _origins(
-    loader: ConfigLoaderImpl, defaults: list[Any], directory: Path
-) -> dict[str, tuple[str, int | None]]:
+def _origins(loader: ConfigLoaderImpl, defaults: list[Any], directory: Path) -> dict[str, Origin]:
     """Map each dotted path to the file and line that set it last, in Hydra's order of merging."""
-    origins: dict[str, tuple[str, int | None]] = {}
+    origins: dict[str, Origin] = {}
     for default in defaults:
         path = _source_file(loader, default.config_path)
         if path is None:
@@ -190,9 +192,7 @@ def _source_file(loader: ConfigLoaderImpl, config_path: str | None) -> Path | No
     return None
 
 
-def _walk(
-    node: Any, path: list[str], file: str, origins: dict[str, tuple[str, int | None]]
-) -> None:
+def _walk(node: Any, path: list[str], file: str, origins: dict[str, Origin]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = [*path, str(key.value)]

@@ -27,6 +27,7 @@ MOMENT = "{at}"
 
 SOURCES = ("cron", "data", "commit", "after", "event", "drift", "performance", "webhook")
 _FIELDS = 5
+_NO_SCHEDULE = ("UTC", "latest", timedelta(0))
 _SOME_DAY = datetime(2000, 1, 1)
 
 
@@ -139,7 +140,7 @@ class Trigger(Frozen):
         given = [name for name in SOURCES if getattr(self, name) not in (None, False)]
         if len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}; declare a trigger for each")
-        if self.cron is None and {"timezone", "catch_up", "jitter"} & self.model_fields_set:
+        if self.cron is None and (self.timezone, self.catch_up, self.jitter) != _NO_SCHEDULE:
             raise ValueError("timezone, catch_up and jitter are for triggers with cron")
         if self.catch_up == "all" and self.when_busy in ("skip", "cancel"):
             raise ValueError("catch_up: all needs overlap: queue or allow, else most would be lost")

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.delivery.rollout import models_of
 from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.load import load_project
 from mlops_ray.serving import app
 from mlops_ray.serving.models import ServedModels
 

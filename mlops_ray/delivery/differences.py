@@ -110,7 +110,9 @@ def _arrays(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         if old.dtype != new.dtype or old.shape != new.shape:
             yield f"{name}: {old.dtype}{list(old.shape)} then, {new.dtype}{list(new.shape)} now"
         elif old.tobytes() != new.tobytes():
-            count = int(np.count_nonzero(old != new))
+            # Values that are equal and have other bits count: 0.0 and -0.0.
+            bits = [np.frombuffer(array.tobytes(), np.uint8) for array in (old, new)]
+            count = int((bits[0] != bits[1]).reshape(old.size, -1).any(axis=1).sum())
             farthest = float(np.max(np.abs(old.astype(np.float64) - new.astype(np.float64))))
             yield f"{name}: {count:,} of {old.size:,} values differ, by at most {farthest:.3g}"
 

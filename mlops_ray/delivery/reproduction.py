@@ -17,7 +17,7 @@ from mlops_ray.config.check import allowed_packages
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.config.workflow import Workflow
 from mlops_ray.delivery.rerun import Answer, Request, environment_of
-from mlops_ray.errors import MlopsRayError, RegistryError, WorkflowError
+from mlops_ray.errors import ArtifactError, MlopsRayError, RegistryError, WorkflowError
 from mlops_ray.features.manifest import read_manifest
 from mlops_ray.features.transplant import transplant
 from mlops_ray.metadata import package as packages
@@ -42,6 +42,7 @@ class Case:
 
     Args:
         version: The version, as the registry has it.
+        weights: The digest of its weights.
         run: The run that registered it.
         step: The step of that run that did.
         graph: The steps to run, and those that are given.
@@ -52,6 +53,7 @@ class Case:
     """
 
     version: ModelVersion
+    weights: str
     run: RunRecord
     step: str
     graph: Graph
@@ -101,6 +103,9 @@ def find_case(home: Home, reference: str, given: Collection[str] = ()) -> Case:
     from mlops_ray.registry.registry import Registry
 
     version = Registry(home).resolve(reference)
+    registered = packages.read(version.package)
+    if registered.digest != version.digest:
+        raise ArtifactError("the package is not what was registered", where=version.package)
     ledger = open_ledger(home)
     try:
         name = f"{version.name}@{version.version}"
@@ -130,6 +135,7 @@ def find_case(home: Home, reference: str, given: Collection[str] = ()) -> Case:
     needed = {n: recorded[n].output for n in graph.order if n in facts}
     return Case(
         version=version,
+        weights=registered.weights_digest,
         run=run,
         step=link.step,
         graph=graph,
@@ -234,9 +240,10 @@ def _manifests(case: Case) -> list[str]:
 
 
 def _is_package(home: Home, step: StepRecord, version: ModelVersion) -> bool:
-    """Say whether a step's output is the version's package; it must still be what was registered."""
+    """Say whether a step's output is the version's package."""
     if step.output is None or step.output.kind != "tree":
         return False
-    return packages.read(version.package).digest == version.digest and (
-        packages.read(open_artifacts(home).get(step.output)).digest == version.digest
-    )
+    try:
+        return packages.read(open_artifacts(home).get(step.output)).digest == version.digest
+    except ArtifactError:
+        return False

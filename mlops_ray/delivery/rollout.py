@@ -12,9 +12,11 @@ from mlops_ray.metadata import package as packages
 from mlops_ray.metadata.package import Manifest
 from mlops_ray.metadata.types import Endpoint, ModelVersion
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.marks import ensure
 from mlops_ray.serving.models import ModelSpec
 
 
+@ensure
 def deploy(
     context: Context, project: str, serving: Serving, features: Features, aliases: list[str]
 ) -> Endpoint:

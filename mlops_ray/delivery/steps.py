@@ -7,6 +7,7 @@ from mlops_ray.delivery.gate import decide
 from mlops_ray.delivery.rollout import deploy
 from mlops_ray.metadata.types import GateDecision, ModelVersion, Report
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.marks import effect
 
 __all__ = ["deploy", "gate", "promote"]
 
@@ -14,6 +15,7 @@ CHAMPION = "champion"
 FIRST = "first"
 
 
+@effect
 def gate(context: Context, report: Report, against: Report | None, gate: Gate) -> GateDecision:
     """Decide whether a challenger may replace the champion, and record the decision."""
     decision = decide(report, against, gate)
@@ -23,6 +25,7 @@ def gate(context: Context, report: Report, against: Report | None, gate: Gate) -
     return decision
 
 
+@effect
 def promote(context: Context, version: ModelVersion, decision: GateDecision) -> ModelVersion:
     """Move the alias ``champion`` to a version that passed, and leave it where it did not.
 

@@ -55,7 +55,7 @@ def judge(case: Case, home: Home, prepared: Prepared, answer: Answer) -> Verdict
     if len(case.metrics) == 1:
         then, now = case.output(case.metrics[0]).digest, reached.get(case.metrics[0])
     return Verdict(
-        weights=(_weights(home, case.output(case.package)), _weights(prepared.home, package)),
+        weights=(case.weights, _weights(prepared.home, package)),
         metrics=(then, now),
         first=_first(case, home, prepared, answer),
     )

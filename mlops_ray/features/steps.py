@@ -26,10 +26,12 @@ from mlops_ray.features.sources import clean_source, extract_source, find_source
 from mlops_ray.features.tables import read_tables
 from mlops_ray.metadata.types import FeatureVersions
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.marks import effect, ensure
 
 _RETENTION = timedelta(days=7)
 
 
+@ensure
 def extract(context: Context, features: Features) -> Path:
     """Read all raw rows of every source, with timestamps as ``timestamp[us, UTC]``.
 
@@ -78,6 +80,7 @@ def clean(context: Context, features: Features, raw: Path) -> Path:
     return folder
 
 
+@effect
 def materialize(
     context: Context,
     features: Features,
@@ -195,6 +198,7 @@ def training_set(
     return made.table
 
 
+@effect
 def compact(context: Context, features: Features) -> dict[str, int]:
     """Merge the small files of every view into buckets by entity; return the tables' versions."""
     store = open_offline(context, features)
@@ -208,6 +212,7 @@ def compact(context: Context, features: Features) -> dict[str, int]:
     return versions
 
 
+@effect
 def vacuum(
     context: Context, features: Features, retention: Duration = _RETENTION
 ) -> dict[str, int]:
@@ -225,6 +230,7 @@ def vacuum(
     return removed
 
 
+@effect
 def check_parity(
     context: Context,
     features: Features,
@@ -260,6 +266,7 @@ def check_parity(
     return report
 
 
+@effect
 def rebuild_online(context: Context, features: Features) -> dict[str, int]:
     """Fill the online store anew from the offline one, each view at once; return the rows by view.
 

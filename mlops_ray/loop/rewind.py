@@ -8,8 +8,10 @@ import shutil
 from mlops_ray.config.features import Features
 from mlops_ray.errors import MlopsRayError
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.marks import effect
 
 
+@effect
 def rewind(context: Context, project: str, features: Features) -> bool:
     """Forget what a project has learnt of time: feature stores, prediction log, monitor, aliases.
 

@@ -17,8 +17,10 @@ from mlops_ray.loop.results import MonitorHandle, ReplayResult
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.jobs import JobCommand, shipped_directory, told_environment
+from mlops_ray.orchestration.marks import effect, ensure
 
 
+@ensure
 def monitor(
     context: Context, project: str, endpoint: Endpoint, monitoring: Monitoring, loop: Loop
 ) -> MonitorHandle:
@@ -35,6 +37,7 @@ def monitor(
     return MonitorHandle(project=project, actor=actor_name(project), namespace=MONITOR_NAMESPACE)
 
 
+@effect
 def replay(
     context: Context,
     project: str,
@@ -112,6 +115,7 @@ def replay(
     return result
 
 
+@effect
 def report(context: Context, project: str, result: ReplayResult, monitoring: Monitoring) -> Path:
     """Write ``report.html`` and ``report.json`` of a replay; return the folder that holds both.
 

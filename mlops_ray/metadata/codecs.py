@@ -120,27 +120,41 @@ def _encode_table(table: pa.Table) -> Encoded:
 def _write_table(table: pa.Table, sink: Any) -> None:
     import pyarrow as pa
 
-    table = _canonical(table.combine_chunks())
+    table = table.unify_dictionaries()
     with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=_ROWS_PER_BATCH)
+        for start in range(0, table.num_rows, _ROWS_PER_BATCH):
+            part = table.slice(start, _ROWS_PER_BATCH)
+            columns = [_canonical(column) for column in part.columns]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=table.schema))
 
 
-def _canonical(table: pa.Table) -> pa.Table:
-    """Give equal tables equal bytes: what lies under nulls and behind the last bit is zero."""
+def _canonical(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array in which every byte is decided by its values.
+
+    In a slice, Arrow writes what lies beside it, up to the next multiple of eight bytes; and what
+    lies under a null may be anything.
+    """
     import numpy as np
     import pyarrow as pa
 
-    loose = [
-        index
-        for index, column in enumerate(table.columns)
-        if column.null_count or pa.types.is_boolean(column.type) or pa.types.is_nested(column.type)
-    ]
-    if not loose or not table.num_rows:
-        return table
-    every = pa.array(np.arange(table.num_rows))
-    for index in loose:
-        table = table.set_column(index, table.schema.field(index), table.column(index).take(every))
-    return table
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    width = _bytes_per_value(array.type)
+    if width and not array.null_count:
+        values = array.buffers()[1].slice(array.offset * width, len(array) * width)
+        return pa.Array.from_buffers(array.type, len(array), [None, values])
+    try:
+        return array.take(pa.array(np.arange(len(array))))
+    except pa.ArrowNotImplementedError:
+        return array
+
+
+def _bytes_per_value(arrow: pa.DataType) -> int:
+    import pyarrow.types as kinds
+
+    plain = kinds.is_integer(arrow) or kinds.is_floating(arrow) or kinds.is_temporal(arrow)
+    return arrow.bit_width // 8 if plain else 0
 
 
 def _tensor_form(value: Any) -> str | None:

@@ -124,6 +124,6 @@ def _plain_atom(value: Any) -> Any:
         return value.value
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "item") and not isinstance(value, str | bytes):
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         return value.item()
     return value

@@ -71,7 +71,7 @@ def draw(
     heights = {name: _height(node) + _GAP_Y for name, node in lineage.nodes.items()}
     layout = arrange(lineage.nodes, lineage.edges, heights)
     parts = [
-        *(_edge(lineage.nodes, layout, edge) for edge in sorted(lineage.edges)),
+        *(_edge(lineage.nodes, layout, edge) for edge in sorted(layout.routes)),
         *(
             _node(node, layout.places[name], name in starts, (addresses or {}).get(name))
             for name, node in sorted(lineage.nodes.items())

@@ -33,10 +33,11 @@ def arrange(nodes: Iterable[str], edges: Iterable[Edge], heights: Mapping[str, f
 
     Args:
         nodes: The nodes.
-        edges: From left to right. One that would close a cycle is drawn backwards.
+        edges: From left to right. One that would close a cycle is drawn backwards; one from a node to
+            itself has no route.
         heights: How much room each node takes in its layer, margins included.
     """
-    names, wanted = sorted(nodes), sorted(set(edges))
+    names, wanted = sorted(nodes), sorted({(a, b) for a, b in edges if a != b})
     backward = _backward(names, wanted)
     forward = {(a, b): (b, a) if (a, b) in backward else (a, b) for a, b in wanted}
     layer = _layers(names, sorted(set(forward.values())))

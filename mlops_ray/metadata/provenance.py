@@ -62,7 +62,9 @@ def lock_digest(folder: Path) -> str:
 
 def installed_packages() -> dict[str, str]:
     """Return the versions of all installed packages by their normalized names."""
-    changed = tuple((path, _changed_ns(path)) for path in sys.path)
+    # Ray puts copies of some packages, which lie inside its own, on the path once it is imported.
+    paths = [path for path in sys.path if "/ray/" not in path.rpartition("site-packages")[2]]
+    changed = tuple((path, _changed_ns(path)) for path in paths)
     return dict(_packages_in(changed))
 
 

@@ -16,8 +16,10 @@ from mlops_ray.metadata.records import Link, NewEvent, RunRecord, StepRecord
 PINNED = "pinned"
 UNPINNED = "unpinned"
 
+Origins = Mapping[str, str | None]
+"""Model versions (``flights@7``) and the runs that registered them, where they are known."""
+
 _ALL = 1_000_000_000
-_UNFINISHED = ("pending", "running", "uncertain")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def needed(
     now: datetime,
     *,
     pins: Iterable[str] = (),
-    registered: frozenset[str] | None = None,
+    registered: Origins | None = None,
 ) -> dict[str, tuple[ArtifactRef, str]]:
     """Return the artifacts that have to stay, by digest, each with the reason.
 
@@ -83,7 +85,7 @@ def needed(
         policy: How long to keep what nothing needs.
         now: The present.
         pins: Run ids and digests that a person has pinned.
-        registered: The model versions that exist (``flights@7``); None: all that were ever made.
+        registered: The model versions that exist; None: all that were ever made.
     """
     found: dict[str, tuple[ArtifactRef, str]] = {}
 
@@ -102,9 +104,7 @@ def needed(
     newest = _newest(memories, policy.keep_runs)
     for memory in memories:
         run = memory.run
-        if run.ended_at is None:
-            keep(_outputs(memory), f"run {run.run_id} is not over")
-        elif any(step.status in _UNFINISHED for step in memory.steps) and run.status == "running":
+        if run.ended_at is None or run.status == "running":
             keep(_outputs(memory), f"run {run.run_id} is not over")
         elif run.run_id in newest:
             keep(_outputs(memory), f"one of the newest {policy.keep_runs} runs of {run.workflow}")
@@ -181,7 +181,7 @@ def make_plan(
     artifacts: ArtifactStore,
     policy: Policy,
     *,
-    registered: frozenset[str] | None = None,
+    registered: Origins | None = None,
 ) -> list[Verdict]:
     """Find out what collecting would keep and remove, without removing anything."""
     now = datetime.now(UTC)
@@ -254,18 +254,19 @@ def _outputs(memory: Memory) -> list[ArtifactRef]:
     return made + memory.changes
 
 
-def _of_models(
-    memory: Memory, registered: frozenset[str] | None
-) -> Iterator[tuple[ArtifactRef, str]]:
-    for link in _models(memory.links):
-        if registered is not None and link.name not in registered:
-            continue
-        names = upstream(memory, link.step)
-        for step in memory.steps:
-            if step.output is not None and step.name in names:
-                yield step.output, link.name
-        for ref in memory.changes:
-            yield ref, link.name
+def _of_models(memory: Memory, registered: Origins | None) -> Iterator[tuple[ArtifactRef, str]]:
+    written = {link.name: upstream(memory, link.step) for link in _models(memory.links)}
+    every = {step.name for step in memory.steps}
+    # A version whose registration left no link needs everything of its run.
+    for model, run_id in (registered or {}).items():
+        if run_id == memory.run.run_id:
+            written.setdefault(model, every)
+    for model, names in written.items():
+        if registered is None or model in registered:
+            made = [step.output for step in memory.steps if step.name in names]
+            for ref in (*made, *memory.changes):
+                if ref is not None:
+                    yield ref, model
 
 
 def _models(links: Iterable[Link]) -> list[Link]:

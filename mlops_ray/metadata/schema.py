@@ -104,7 +104,7 @@ FIRINGS = sa.Table(
     sa.Column("status", sa.String, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
     sa.Column("job", sa.String),
-    sa.Column("reason", sa.Text, nullable=False, server_default=""),
+    sa.Column("reason", sa.Text, nullable=False, server_default=sa.text("''")),
     sa.Column("data", sa.Text, nullable=False, server_default="{}"),
 )
 

@@ -41,20 +41,26 @@ def make_source(
             why="it was started outside a git repository",
             fix="run in a git repository to be able to go back",
         )
+    _require_commit(repository, commit)
+    dirty = provenance.get("dirty_digest") not in (None, "clean")
+    changes = _changes(provenance, artifacts) if dirty else None
     destination.mkdir(parents=True, exist_ok=True)
     _check_out(repository, commit, destination)
-    if provenance.get("dirty_digest") not in (None, "clean"):
-        _apply_changes(_changes(provenance, artifacts), repository, destination)
+    if changes is not None:
+        _apply_changes(changes, repository, destination)
     return destination / str(provenance.get("folder") or ".")
 
 
-def _check_out(repository: Path, commit: str, destination: Path) -> None:
+def _require_commit(repository: Path, commit: str) -> None:
     if git(repository, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         raise MlopsRayError(
             f"commit {commit[:12]} is not in this repository",
             where=str(repository),
             fix="fetch it: git fetch --all, and --unshallow in a shallow clone",
         )
+
+
+def _check_out(repository: Path, commit: str, destination: Path) -> None:
     top = git(repository, "rev-parse", "--show-toplevel") or b""
     root = Path(top.decode().rstrip("\n"))
     with tempfile.TemporaryDirectory(prefix="mlops-ray-") as folder:

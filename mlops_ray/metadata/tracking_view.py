@@ -208,7 +208,7 @@ def _inputs(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 leaves if len(leaves) <= _MOST_PARAMS_OF_ONE_INPUT else [(name, part["config"])]
             )
         elif "step" in part:
-            yield name, f"${part['step']} {str(part.get('digest') or '')[:12]}".strip()
+            yield name, part.get("value", f"${part['step']} {str(part.get('digest'))[:12]}")
         else:
             yield name, dict(part)
 

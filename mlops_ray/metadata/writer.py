@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import queue
 import threading
 import time
@@ -19,13 +20,15 @@ import ray
 from ray.exceptions import ActorHandleNotFoundError, GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mlops_ray import __version__
 from mlops_ray.errors import LedgerError
 from mlops_ray.metadata.database import PATIENCE_S, Database
 from mlops_ray.metadata.operations import Request
 from mlops_ray.metadata.schema import REVISION
 
 NAMESPACE = "mlops_ray"
+_PROTOCOL = 1
+"""Changes with what clients and writer say to each other: a writer outlives the jobs of a cluster."""
+
 _CALLS_AT_ONCE = 32
 _MOST_IN_ONE_COMMIT = 64
 _ANSWER_S = 2 * PATIENCE_S
@@ -49,8 +52,9 @@ class Writer:
         self._waiting: queue.SimpleQueue[tuple[Request, Future[Any]]] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="ledger", daemon=True).start()
 
-    def ready(self) -> None:
-        """Return when it can answer."""
+    def pid(self) -> int:
+        """Return its process."""
+        return os.getpid()
 
     def write(self, request: Request) -> Any:
         """Do an operation; return its reply, or the error as a value."""
@@ -98,10 +102,10 @@ class RemoteDatabase:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._name = f"ledger/{_short(f'{url} {__version__} {REVISION}')}"
+        self._name = f"ledger/{_short(f'{url} {REVISION} {_PROTOCOL}')}"
         self._lock = threading.Lock()
         self._own: Database | None = None
-        self._actor = self._find()
+        self.actor = self._find()
 
     def write(self, operation: str, *arguments: Any) -> Any:
         """Do an operation in one transaction; on return it is durable.
@@ -137,7 +141,7 @@ class RemoteDatabase:
         deadline, pause, again = time.monotonic() + PATIENCE_S, 0.02, False
         while True:
             try:
-                reply = ray.get(send(self._actor, again), timeout=_ANSWER_S)
+                reply = ray.get(send(self.actor, again), timeout=_ANSWER_S)
                 break
             except (RayActorError, GetTimeoutError, ActorHandleNotFoundError) as error:
                 if time.monotonic() > deadline:
@@ -145,7 +149,7 @@ class RemoteDatabase:
             again = True
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-            self._actor = self._find()
+            self.actor = self._find()
         if isinstance(reply, Exception):
             raise reply
         return reply
@@ -190,7 +194,7 @@ class RemoteDatabase:
     def _begin_directly(self, actor: Any) -> None:
         with self._lock:
             self._own = self._own or Database(self._url)
-        actor.ready.remote().future().add_done_callback(self._leave_to_writer)
+        actor.pid.remote().future().add_done_callback(self._leave_to_writer)
 
     def _leave_to_writer(self, _done: Any) -> None:
         with self._lock:

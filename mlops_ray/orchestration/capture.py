@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ def _redirected(target: int) -> Iterator[None]:
             os.dup2(target, number)
         yield
     finally:
+        # The C library keeps what C code has printed to itself, where it is not a terminal.
+        ctypes.CDLL(None).fflush(None)
         for original, number in zip(kept, (1, 2), strict=True):
             os.dup2(original, number)
             os.close(original)

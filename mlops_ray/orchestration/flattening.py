@@ -42,8 +42,8 @@ class Flat:
     """A flat workflow: steps by name; by scope what it gives and how many tasks may run at once.
 
     Scopes are ``""``, the whole, and ``outer``, the steps inside ``outer``; ``paths`` say where they
-    are declared. ``unused`` are paths of inputs that nothing asks for. ``problems`` are all that was found; what they concern is None in
-    the steps.
+    are declared. ``unused`` are paths of inputs that nothing asks for. ``problems`` are all that was
+    found; what they concern is None in the steps.
     """
 
     steps: dict[str, FlatStep] = field(default_factory=dict)

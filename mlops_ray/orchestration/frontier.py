@@ -50,34 +50,21 @@ class Frontier:
         self.skipped[name] = reason
         self._pass(name)
 
-    def makers(self, name: str, digest: str, needs: Mapping[str, set[str]]) -> list[str]:
-        """Return the steps whose outputs a step takes and that hold an artifact.
-
-        Args:
-            name: The step that could not read it.
-            digest: Of the artifact.
-            needs: For each step that it takes outputs of, the digests that its output is made of.
-        """
-        return [
-            other
-            for other in sorted(self._graph.needs[name])
-            if other in self.outputs and digest in needs.get(other, ())
-        ]
-
     def reopen(self, names: Iterable[str], then: str) -> None:
-        """Let steps that are over run once more, because their outputs are lost; ``then``, which was
-        open, may be opened again after them, and so all that was not opened yet."""
+        """Let steps run once more, because their outputs are lost. ``then``, which was open, may be
+        opened again after them; so may what was not opened yet."""
+        self._open.discard(then)
         for name in names:
-            self.outputs.pop(name, None)
-            if name not in self._released:
-                self._released.append(name)
-            self._open.discard(name)
+            self._waits[then].add(name)
+            if self.outputs.pop(name, None) is None:
+                continue  # it is on its way already
+            self._released.append(name)
             for other in self._follow[name]:
                 if not self._is_over(other) and other not in self._open:
                     self._waits[other].add(name)
-            self._waits[then].add(name)
-        self._open.discard(then)
         self._released = [name for name in self._released if not self._waits[name]]
+        if not self._waits[then]:
+            self._released.append(then)
 
     def _is_over(self, name: str) -> bool:
         return name in self.outputs or name in self.skipped

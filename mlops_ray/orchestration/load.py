@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from mlops_ray.config.check import load_project
+from mlops_ray.config.check import check_project
 from mlops_ray.config.locate import Workspace
 from mlops_ray.config.project import Project
 from mlops_ray.errors import Problem
 from mlops_ray.orchestration.checks import check_workflow
+from mlops_ray.orchestration.declare import declared_by
 
 
-def load(workspace: Workspace, overrides: list[str]) -> Project:
+def load_project(workspace: Workspace, overrides: list[str]) -> Project:
     """Compose and check a project.
 
     Raises:
@@ -24,4 +25,4 @@ def load_with_warnings(workspace: Workspace, overrides: list[str]) -> tuple[Proj
     Raises:
         ConfigError: With every problem found, each with its file and line.
     """
-    return load_project(workspace, overrides, check_workflow)
+    return check_project(workspace, overrides, check_workflow, declared_by)

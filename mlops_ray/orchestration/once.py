@@ -17,7 +17,7 @@ from typing import Any, Literal
 from mlops_ray.errors import LedgerError, WorkflowError
 from mlops_ray.metadata.artifacts import ArtifactStore
 from mlops_ray.metadata.ledger import Ledger
-from mlops_ray.metadata.records import Event, NewEvent, RunRecord, StepChange, StepRecord
+from mlops_ray.metadata.records import Event, Lease, NewEvent, RunRecord, StepChange, StepRecord
 from mlops_ray.orchestration.reporting import ledger_of
 from mlops_ray.orchestration.worker import Call, Job, Outcome, perform, unpacked
 
@@ -84,7 +84,9 @@ def _perform(job: Job, call: Call) -> Outcome:
     status = "succeeded" if outcome.error is None else "failed"
     writes: list[Any] = [_event(job, call, OVER, status=status)]
     if outcome.error is None:
-        writes.append(StepChange(run_id=job.run_id, name=job.step, item=call.item, values=_values(outcome)))
+        writes.append(
+            StepChange(run_id=job.run_id, name=job.step, item=call.item, values=_values(outcome))
+        )
     _record(ledger, writes)
     return outcome
 
@@ -143,15 +145,24 @@ def resolve(
     step: str,
     item: int,
     decision: Decision,
+    *,
     output: Any = None,
+    fence: Lease,
 ) -> None:
-    """Settle an uncertain effect as a person says. The run must not be running.
+    """Settle an uncertain effect as a person says.
 
     Args:
+        ledger: Where the run is.
+        artifacts: Where its outputs are.
+        run: The run.
+        step: The effect.
+        item: Its call, if it is mapped, or −1.
+        decision: Whether it happened, or is to run again.
         output: What the step returned, for ``done``: a JSON value.
+        fence: The lease of the run's instance, so that nothing runs it meanwhile.
 
     Raises:
-        WorkflowError: That step of the run is not uncertain, or the run is running.
+        WorkflowError: That step of the run is not uncertain.
     """
     record = _uncertain_record(ledger, run, step, item)
     values: dict[str, Any] = {"status": "pending", "message": None, "error": None}
@@ -162,7 +173,7 @@ def resolve(
     over = _event_of(**where, item=item, attempt=record.attempt, kind=OVER, status=decision)
     said = NewEvent(kind="effect_resolved", data={"item": item, "as": decision}, **where)
     change = StepChange(run_id=run.run_id, name=step, item=item, values=values)
-    ledger.apply([over, said, change])
+    ledger.apply([over, said, change], fence=fence)
 
 
 def _uncertain_record(ledger: Ledger, run: RunRecord, step: str, item: int) -> StepRecord:
@@ -174,4 +185,3 @@ def _uncertain_record(ledger: Ledger, run: RunRecord, step: str, item: int) -> S
         f"step {step!r} of run {run.run_id} is not uncertain",
         fix=f"see its steps with `mlops-ray status {run.run_id}`",
     )
-

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from mlops_ray.errors import ArtifactError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Lease, StepRecord
@@ -16,10 +19,32 @@ from mlops_ray.orchestration.graph import Graph
 from mlops_ray.orchestration.keys import StepKey, item_key
 from mlops_ray.orchestration.plan import key_in
 from mlops_ray.orchestration.recording import Recorder
-from mlops_ray.orchestration.reuse import Reuse
+from mlops_ray.orchestration.retries import digest_of
+from mlops_ray.orchestration.reuse import DONE, Reuse
 from mlops_ray.orchestration.spec import RunSpec
+from mlops_ray.orchestration.tracing import settings
 from mlops_ray.orchestration.work import Work
 from mlops_ray.orchestration.worker import Job
+
+
+@dataclass
+class Opened:
+    """What became of steps: those to run, and for those whose inputs could not be read, the digest of
+    the artifact that is lost."""
+
+    works: list[Work] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Note that an artifact was missing or corrupt."""
+        try:
+            yield
+        except ArtifactError as error:
+            digest = digest_of(error)
+            if digest is None:
+                raise
+            self.unreadable[name] = digest
 
 
 class Opener:
@@ -55,25 +80,35 @@ class Opener:
         self._artifacts = artifacts
         self._fence = fence
         self._earlier = earlier
+        self._run_id = recorder.run.run_id
         self._reuse = Reuse(ledger, artifacts, self._say_corrupt)
 
-    def open(self, names: Iterable[str]) -> list[Work]:
-        """Enter what is skipped or known already, and return what is to run.
+    def open(self, names: Iterable[str]) -> Opened:
+        """Enter what is skipped or known already, and return what is to run."""
+        opened = Opened()
+        keys: dict[str, StepKey] = {}
+        for name in names:
+            with opened.reading(name):
+                if not self._skip(name):
+                    keys[name] = self._key(name)
+        for name, record in self._known(keys).items():
+            self._take_over(name, -1, record, self._earlier.get(name))
+            assert record.output is not None
+            self._frontier.finish(name, record.output)
+            del keys[name]
+        for name, key in keys.items():
+            with opened.reading(name):
+                opened.works.append(self._work(name, key))
+        return opened
 
-        Raises:
-            ArtifactError: An output that decides cannot be read; ``step`` says who wanted it.
-        """
-        keys = {name: self._key(name) for name in names if not self._skip(name)}
-        pure = {n: key.key for n, key in keys.items() if self._graph.step(n).mode == "pure"}
-        found = self._reuse.by_key(pure)
-        found |= {name: record for name in keys if (record := self._done_effect(name, keys[name]))}
-        for name, record in found.items():
-            self._take_over(name, record)
-        return [
-            work
-            for name, key in keys.items()
-            if name not in found and (work := self._work(name, key)) is not None
-        ]
+    def _known(self, keys: Mapping[str, StepKey]) -> dict[str, StepRecord]:
+        modes = {name: self._graph.step(name).mode for name in keys}
+        found = self._reuse.by_key({n: k.key for n, k in keys.items() if modes[n] == "pure"})
+        for name, key in keys.items():
+            record = self._earlier.get(name)
+            if modes[name] == "effect" and record is not None and self._is_done(record, key):
+                found[name] = record
+        return found
 
     def _skip(self, name: str) -> bool:
         reason = self._reason_to_skip(name)
@@ -97,62 +132,55 @@ class Opener:
         outputs, packages = self._frontier.outputs, self._spec.packages
         return key_in(self._graph, name, outputs, self._artifacts, packages)
 
-    def _done_effect(self, name: str, key: StepKey) -> StepRecord | None:
-        record = self._earlier.get(name)
-        if record is None or self._graph.step(name).mode != "effect" or record.key != key.key:
-            return None
-        return record if self._reuse.is_intact(record) else None
+    def _is_done(self, record: StepRecord, key: StepKey) -> bool:
+        return record.key == key.key and self._reuse.is_intact(record)
 
-    def _take_over(self, name: str, record: StepRecord) -> None:
-        assert record.output is not None
-        before = self._earlier.get(name)
-        if before is None or before.status not in ("succeeded", "cached") or before.key != record.key:
-            self._recorder.set(
-                name,
-                "cached",
-                key=record.key,
-                output=record.output,
-                rows=record.rows,
-                metrics=record.metrics,
-                params=record.params,
-                started_at=None,
-                ended_at=datetime.now(UTC),
-                said={"from": record.run_id},
-            )
-        self._frontier.finish(name, record.output)
+    def _take_over(
+        self, name: str, item: int, record: StepRecord, before: StepRecord | None
+    ) -> None:
+        """Record an output that is known; what an earlier attempt has recorded so stays."""
+        if before is not None and before.status in DONE and before.key == record.key:
+            return
+        self._recorder.set(
+            name,
+            "cached",
+            item=item,
+            key=record.key,
+            output=record.output,
+            rows=record.rows,
+            metrics=record.metrics,
+            params=record.params,
+            started_at=None,
+            ended_at=datetime.now(UTC),
+            said={"from": record.run_id},
+        )
 
-    def _work(self, name: str, key: StepKey) -> Work | None:
+    def _work(self, name: str, key: StepKey) -> Work:
         step = self._graph.step(name)
-        self._recorder.key(key)
         job = self._job(name)
+        self._recorder.key(key)
+        before = self._earlier.get(name)
         if not step.map:
-            return Work(name, step, key, job)
-        outputs = self._frontier.outputs
-        elements = resolution.elements_of(step, outputs, self._artifacts)
+            work = Work(name, step, key, job)
+            work.attempts = {-1: before.attempt} if before is not None else {}
+            return work
+        elements = resolution.elements_of(step, self._frontier.outputs, self._artifacts)
         keys = [item_key(key, _digests(call)) for call in elements]
         work = Work(name, step, key, job, elements, keys)
-        work.known(self._known_calls(name, step.mode, keys))
+        calls = self._ledger.items(self._run_id, name) if before is not None else []
+        work.attempts = {call.item: call.attempt for call in calls}
+        work.known(self._known_calls(work, {call.item: call for call in calls}))
         return work
 
-    def _known_calls(self, name: str, mode: str, keys: list[StepKey]) -> dict[int, ArtifactRef]:
-        before = {}
-        if name in self._earlier:
-            before = {record.item: record for record in self._ledger.items(self._recorder.run.run_id, name)}
-        if mode == "pure":
-            found = self._reuse.by_key({item: key.key for item, key in enumerate(keys)})
-        elif mode == "effect":
-            found = {
-                item: record
-                for item, key in enumerate(keys)
-                if (record := before.get(item)) is not None
-                and record.key == key.key
-                and self._reuse.is_intact(record)
-            }
-        else:
-            found = {}
+    def _known_calls(self, work: Work, before: dict[int, StepRecord]) -> dict[int, ArtifactRef]:
+        found: dict[int, StepRecord] = {}
+        if work.step.mode == "pure":
+            found = self._reuse.by_key({item: key.key for item, key in enumerate(work.keys)})
+        elif work.step.mode == "effect":
+            pairs = ((item, before.get(item), key) for item, key in enumerate(work.keys))
+            found = {i: call for i, call, key in pairs if call and self._is_done(call, key)}
         for item, record in found.items():
-            if item not in before or before[item].key != record.key or before[item].status not in ("succeeded", "cached"):
-                self._recorder.set(name, "cached", item=item, key=record.key, output=record.output, rows=record.rows, metrics=record.metrics, params=record.params, started_at=None, ended_at=datetime.now(UTC), said={"from": record.run_id})
+            self._take_over(work.name, item, record, before.get(item))
         return {item: record.output for item, record in found.items() if record.output is not None}
 
     def _job(self, name: str) -> bytes:
@@ -162,7 +190,7 @@ class Opener:
             Job(
                 project=spec.project,
                 home=spec.home,
-                run_id=self._recorder.run.run_id,
+                run_id=self._run_id,
                 step=name,
                 target=step.uses,
                 arguments=resolution.arguments_of(step, self._frontier.outputs, self._artifacts),
@@ -171,6 +199,7 @@ class Opener:
                 packages=spec.packages,
                 pickle=step.pickle,
                 fence=self._fence,
+                tracing=settings() if self._recorder.is_traced else {},
                 timeout_s=step.timeout.total_seconds() if step.timeout else None,
             )
         )

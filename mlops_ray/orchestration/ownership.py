@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 from mlops_ray.errors import LeaseError, LedgerError, WorkflowError
 from mlops_ray.metadata.digest import digest_bytes
 from mlops_ray.metadata.ledger import Ledger
-from mlops_ray.metadata.records import Lease
+from mlops_ray.metadata.records import Lease, RunRecord
+from mlops_ray.orchestration.spec import instance_name
 
 LEASE_TTL_S = 15.0
 _RENEW_EVERY_S = 4.0
@@ -61,6 +63,23 @@ def take(ledger: Ledger, name: str) -> Lease:
             )
         first = held
         _wait_until(held.expires_at)
+
+
+@contextlib.contextmanager
+def borrowed(ledger: Ledger, run: RunRecord) -> Iterator[Lease]:
+    """Own the instance of a run for a moment, so that nothing runs it meanwhile.
+
+    Raises:
+        LeaseError: A process owns it that may be alive.
+    """
+    name = instance_name(run.project, run.workflow, run.config_digest)
+    held = ledger.lease(name)
+    force = held is not None and is_gone(held.owner)
+    lease = ledger.acquire(name, owner_name(), LEASE_TTL_S, force=force)
+    try:
+        yield lease
+    finally:
+        ledger.release(lease)
 
 
 def _wait_until(moment: datetime) -> None:

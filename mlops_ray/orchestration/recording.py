@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,12 +12,14 @@ from mlops_ray.metadata.records import (
     NewEvent,
     NewKey,
     RunRecord,
+    RunStatus,
     StepChange,
     StepRecord,
     StepStatus,
     Write,
 )
 from mlops_ray.orchestration.keys import StepKey
+from mlops_ray.orchestration.tracing import Trace
 
 Listener = Callable[[RunRecord, list[StepRecord]], None]
 
@@ -32,6 +34,8 @@ class Recorder:
         run: The run.
         steps: Its steps as they are when the driver begins, in the order of the plan.
         journal: Where the changes are written.
+        needs: The steps whose outputs each step takes: what its span is linked to.
+        trace: The run's spans; None where tracing is off.
         listener: Called at most four times a second with the run and its steps.
     """
 
@@ -40,11 +44,16 @@ class Recorder:
         run: RunRecord,
         steps: list[StepRecord],
         journal: Journal,
-        listener: Listener | None,
+        *,
+        needs: Mapping[str, frozenset[str]],
+        trace: Trace | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self.run = run
         self.steps = {step.name: step for step in steps}
         self._journal = journal
+        self._needs = needs
+        self._trace = trace
         self._listener = listener
         self._notified_s = 0.0
         self._shown_s = 0.0
@@ -67,6 +76,7 @@ class Recorder:
             said: Data of the event, beside the item.
             values: Further fields of ``StepRecord``.
         """
+        self._show_span(name, item, status, said or {}, values.get("error"))
         values["status"] = status
         self.write(
             StepChange(run_id=self.run.run_id, name=name, item=item, values=values),
@@ -82,6 +92,29 @@ class Recorder:
     def key(self, key: StepKey) -> None:
         """Keep what a key was made of."""
         self.write(NewKey(key=key.key, parts=key.parts))
+
+    def forget(self, name: str) -> None:
+        """Take back how an earlier attempt at the run left a step: it waits again."""
+        values = {"status": "pending", "message": None, "error": None, "ended_at": None}
+        self.write(StepChange(run_id=self.run.run_id, name=name, values=values))
+        self._keep(name, values)
+
+    def retry(self, name: str, item: int, error: str, said: dict[str, Any]) -> None:
+        """Say that a call failed and will be tried again."""
+        if self._trace is not None:
+            self._trace.noted(name, "retry", item, **said)
+        values = {"error": error}
+        self.write(
+            StepChange(run_id=self.run.run_id, name=name, item=item, values=values),
+            self._event("step_retried", name, item, said),
+        )
+        if item < 0:
+            self._keep(name, values)
+
+    def keep(self, record: StepRecord) -> None:
+        """Take over a step's record as it is in the ledger."""
+        if record.item < 0:
+            self.steps[record.name] = record
 
     def message(self, name: str, message: str) -> None:
         """Say how far a step is; the ledger hears of it at most twice a second."""
@@ -120,10 +153,29 @@ class Recorder:
             self._notified_s = time.monotonic()
             self._listener(self.run, list(self.steps.values()))
 
-    def end(self, status: str) -> None:
+    def end(self, status: RunStatus) -> None:
         """Keep that the run is over, for the listener."""
         update = {"status": status, "ended_at": datetime.now(UTC)}
         self.run = self.run.model_copy(update=update)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the run has spans."""
+        return self._trace is not None
+
+    def traceparent(self, name: str, item: int) -> str:
+        """Return the address of a call's span, "" where tracing is off."""
+        return self._trace.traceparent(name, item) if self._trace is not None else ""
+
+    def _show_span(
+        self, name: str, item: int, status: StepStatus, said: dict[str, Any], error: str | None
+    ) -> None:
+        if self._trace is None:
+            return
+        if status == "running":
+            self._trace.started(name, item, said.get("attempt", 1), self._needs.get(name, ()))
+        else:
+            self._trace.ended(name, status, item, error, **said)
 
     def _keep(self, name: str, values: dict[str, Any]) -> None:
         self.steps[name] = self.steps[name].model_copy(update=values)

@@ -31,8 +31,9 @@ def classify(error: BaseException) -> Cause:
 
 def digest_of(error: BaseException) -> str | None:
     """Return the digest of the artifact that is missing or corrupt, if the error is about one."""
-    broken = isinstance(error, ArtifactError) and not isinstance(error, StorageError)
-    return error.digest if broken else None
+    if isinstance(error, ArtifactError) and not isinstance(error, StorageError):
+        return error.digest
+    return None
 
 
 class Budget:

@@ -9,23 +9,436 @@ import queue
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from mlops_ray.config.workflow import Step
-from mlops_ray.errors import ArtifactError, LedgerError, MlopsRayError, StepError
-from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
-from mlops_ray.metadata.records import Lease, StepRecord
-from mlops_ray.orchestration import once, resolution
+from mlops_ray.errors import LeaseError, StepError, WorkflowError
+from mlops_ray.metadata.artifacts import ArtifactStore
+from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.records import StepRecord, StepStatus
+from mlops_ray.orchestration import once
 from mlops_ray.orchestration.deadline import GRACE_S
+from mlops_ray.orchestration.frontier import Frontier
 from mlops_ray.orchestration.graph import Graph
-from mlops_ray.orchestration.keys import StepKey, item_key
+from mlops_ray.orchestration.lanes import Lanes
+from mlops_ray.orchestration.messages import (
+    CancelAsked,
+    Cancelled,
+    Lost,
+    Mailbox,
+    Message,
+    Progress,
+    Returned,
+)
 from mlops_ray.orchestration.opening import Opener
 from mlops_ray.orchestration.recording import Recorder
-from mlops_ray.orchestration.retries import Budget, Cause, classify, delay_s, digest_of
-from mlops_ray.orchestration.spec import RunSpec
+from mlops_ray.orchestration.retries import Budget, Cause, classify, delay_s
 from mlops_ray.orchestration.tasks import Crew, Ticket
 from mlops_ray.orchestration.work import Work
-from mlops_ray.orchestration.worker import Call, Job, Outcome
+from mlops_ray.orchestration.worker import Call, Outcome
+
+_LONGEST_WAIT_S = 0.25
+_CANCEL_GRACE_S = 3.0
+_KILL_GRACE_S = 5.0
+
+_Where = tuple[str, int]
+
+
+class Scheduler:
+    """Drives one attempt at a run.
+
+    Args:
+        graph: The steps.
+        frontier: How far the run is.
+        opener: Decides what is to run.
+        crew: Runs it.
+        recorder: Records it.
+        mailbox: Where everything that happens elsewhere arrives.
+        ledger: Where effects say how far they got.
+        artifacts: Where outputs are.
+        standings: Effects that had begun before this attempt, by step and item.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        frontier: Frontier,
+        opener: Opener,
+        crew: Crew,
+        recorder: Recorder,
+        mailbox: Mailbox,
+        ledger: Ledger,
+        artifacts: ArtifactStore,
+        standings: dict[_Where, once.Standing],
+    ) -> None:
+        self._graph = graph
+        self._frontier = frontier
+        self._opener = opener
+        self._crew = crew
+        self._recorder = recorder
+        self._mailbox = mailbox
+        self._ledger = ledger
+        self._artifacts = artifacts
+        self._standings = standings
+        self._lanes = Lanes(graph)
+        self._works: dict[str, Work] = {}
+        self._flying: set[Ticket] = set()
+        self._attempts: Counter[_Where] = Counter()
+        self._budgets: dict[_Where, Budget] = {}
+        self._lost: dict[str, list[str]] = {}
+        self._timers: list[tuple[float, int, Work, int]] = []
+        self._count = itertools.count()
+
+    def run(self) -> None:
+        """Run until all steps are over.
+
+        Raises:
+            StepError: A step failed for good.
+            WorkflowError: Nobody knows whether an effect happened.
+            LeaseError: The run belongs to somebody else by now.
+            Cancelled: Somebody asked for the end.
+        """
+        while not self._frontier.is_over:
+            while names := self._frontier.take():
+                self._open(names)
+            for work in self._lanes.startable(self._crew.capacity):
+                self._submit(work)
+            self._recorder.notify()
+            if not self._frontier.is_over:
+                self._receive()
+
+    # Starting
+
+    def _open(self, names: list[str]) -> None:
+        opened = self._opener.open(names)
+        for name, digest in opened.unreadable.items():
+            self._spend(name, -1, _unreadable(self._recorder.run.run_id, name, digest))
+            self._frontier.reopen(self._makers(name, digest), then=name)
+        for work in opened.works:
+            self._begin(work)
+
+    def _begin(self, work: Work) -> None:
+        self._works[work.name] = work
+        for item, attempt in work.attempts.items():
+            self._attempts[work.name, item] = max(self._attempts[work.name, item], attempt)
+        if work.is_mapped:
+            self._record_start(work, -1)
+        if work.once:
+            self._take_up(work)
+        if work.is_over:
+            self._complete(work)
+        elif work.waiting:
+            self._lanes.add(work)
+
+    def _take_up(self, work: Work) -> None:
+        """Wait for effects that an earlier attempt has begun; stop where one's fate is not known."""
+        for item in list(work.waiting):
+            standing = self._standings.pop((work.name, item), None)
+            if standing is None:
+                continue
+            self._attempts[work.name, item] = standing.attempt
+            if standing.over:
+                continue
+            call = Call(item, standing.attempt, work.elements_of(item))
+            ticket = Ticket(work.name, (call,), once=True)
+            if not self._crew.attach(ticket, work.step, work.job):
+                raise self._uncertain(work, call)
+            work.waiting.remove(item)
+            self._recorder.event("effect_taken_up", work.name, item, attempt=call.attempt)
+            self._enter(ticket, work)
+
+    def _submit(self, work: Work) -> None:
+        items = [work.waiting.popleft() for _ in range(work.batch(self._crew.capacity))]
+        calls = []
+        for item in items:
+            self._attempts[work.name, item] += 1
+            attempt = self._attempts[work.name, item]
+            self._record_start(work, item, attempt=attempt)
+            trace = self._recorder.traceparent(work.name, item)
+            calls.append(Call(item, attempt, work.elements_of(item), trace))
+        ticket = Ticket(work.name, tuple(calls), once=work.once)
+        if work.once:
+            # From here on the effect's own actor records it: nothing of ours may come after that.
+            self._recorder.flush()
+        self._crew.submit(ticket, work.step, work.job)
+        self._enter(ticket, work)
+
+    def _enter(self, ticket: Ticket, work: Work) -> None:
+        self._flying.add(ticket)
+        self._lanes.enter(work)
+
+    def _record_start(self, work: Work, item: int, **attempt: int) -> None:
+        key = work.key_of(item)
+        of_parent = work.is_mapped and item < 0
+        self._recorder.set(
+            work.name,
+            "running",
+            item=item,
+            key=key.key,
+            started_at=datetime.now(UTC),
+            ended_at=None,
+            error=None,
+            message=work.progress if of_parent else None,
+            said=attempt,
+            **attempt,
+        )
+
+    # Taking in
+
+    def _receive(self) -> None:
+        wait_s = _LONGEST_WAIT_S
+        if self._timers:
+            wait_s = min(wait_s, max(0.001, self._timers[0][0] - time.monotonic()))
+        try:
+            self._handle(self._mailbox.get(timeout=wait_s))
+            while True:
+                self._handle(self._mailbox.get_nowait())
+        except queue.Empty:
+            pass
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            _, _, work, item = heapq.heappop(self._timers)
+            if not work.suspended:
+                work.waiting.append(item)
+                self._lanes.add(work)
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Returned(ticket, answer):
+                self._take_in(ticket, answer)
+            case Progress(steps):
+                for name, (rows, text) in steps.items():
+                    self._recorder.show(name, rows, text)
+            case Lost(error):
+                raise error
+            case CancelAsked(by):
+                raise Cancelled(by)
+
+    def _take_in(self, ticket: Ticket, answer: Any) -> None:
+        work = self._works[ticket.step]
+        self._flying.discard(ticket)
+        self._lanes.leave(work)
+        if isinstance(answer, BaseException):
+            self._crew.release(ticket, failed=True)
+            for call in ticket.calls:
+                self._crashed(work, ticket, call, answer)
+        else:
+            for call, outcome in zip(ticket.calls, pickle.loads(answer), strict=True):
+                self._returned(work, call, outcome)
+            self._crew.release(ticket, failed=False)
+        if work.suspended and not work.running:
+            self._dismiss(work)
+
+    def _returned(self, work: Work, call: Call, outcome: Outcome) -> None:
+        if outcome.output is not None:
+            self._record_success(work, call, outcome)
+            work.took((outcome.ended_at - outcome.started_at).total_seconds())
+            work.returned(call.item, outcome.output)
+            if work.is_over:
+                self._complete(work)
+            elif work.is_mapped:
+                self._recorder.message(work.name, work.progress)
+            return
+        assert outcome.error is not None
+        if outcome.digest is not None and self._makers(work.name, outcome.digest):
+            self._spend(work.name, call.item, outcome.error)
+            self._lost_input(work, outcome.digest)
+        else:
+            self._failed(work, call, outcome.error, outcome.cause, outcome.node)
+
+    def _record_success(self, work: Work, call: Call, outcome: Outcome) -> None:
+        output = outcome.output
+        assert output is not None
+        self._recorder.set(
+            work.name,
+            "succeeded",
+            item=call.item,
+            output=output,
+            started_at=outcome.started_at,
+            ended_at=outcome.ended_at,
+            rows=output.rows if output.rows is not None else outcome.rows,
+            message=outcome.message,
+            metrics=outcome.metrics,
+            params=outcome.params,
+            node=outcome.node,
+            said={"attempt": call.attempt, "node": outcome.node},
+        )
+        if outcome.links:
+            self._recorder.write(*outcome.links)
+
+    def _complete(self, work: Work) -> None:
+        if work.is_mapped:
+            output = self._artifacts.put_list(work.outputs)
+            self._recorder.set(
+                work.name,
+                "succeeded",
+                output=output,
+                ended_at=datetime.now(UTC),
+                rows=output.rows,
+                message=work.progress,
+            )
+        else:
+            (output,) = work.outputs
+        del self._works[work.name]
+        self._frontier.finish(work.name, output)
+
+    # What goes wrong
+
+    def _crashed(self, work: Work, ticket: Ticket, call: Call, error: BaseException) -> None:
+        """Take in that nobody has answered for a call: its process, its node, or Ray is gone."""
+        raised = getattr(error, "cause", None)
+        if isinstance(raised, LeaseError):
+            raise raised
+        if work.once and self._is_settled(work, call):
+            return
+        limit = work.step.timeout
+        flown_s = time.monotonic() - ticket.submitted_s
+        if limit is not None and flown_s >= limit.total_seconds() + GRACE_S:
+            what = f"the step took longer than its timeout of {limit}, and did not end when interrupted"
+            self._failed(work, call, self._error(work, what), "user", None)
+            return
+        text = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {text[0] if text else 'no details'}"
+        self._failed(work, call, self._error(work, what), classify(raised or error), None)
+
+    def _is_settled(self, work: Work, call: Call) -> bool:
+        """Say whether an effect whose actor is gone was over; where it had begun, only a person can."""
+        where = (work.name, call.item)
+        standing = once.standings_in(self._ledger, self._recorder.run.run_id).get(where)
+        if standing is None or standing.attempt != call.attempt:
+            return False
+        if not standing.over:
+            raise self._uncertain(work, call)
+        record = self._recorded(work, call)
+        if record is None or record.output is None or record.status != "succeeded":
+            return False
+        work.returned(call.item, record.output)
+        self._recorder.keep(record)
+        if work.is_over:
+            self._complete(work)
+        return True
+
+    def _recorded(self, work: Work, call: Call) -> StepRecord | None:
+        run_id = self._recorder.run.run_id
+        mapped = call.item >= 0
+        known = self._ledger.items(run_id, work.name) if mapped else self._ledger.steps(run_id)
+        return next((r for r in known if (r.name, r.item) == (work.name, call.item)), None)
+
+    def _uncertain(self, work: Work, call: Call) -> WorkflowError:
+        error = once.uncertain(self._recorder.run.run_id, work.name, call.item)
+        said = {"attempt": call.attempt}
+        values = {"error": error.what, "message": "nobody knows whether it happened"}
+        self._recorder.set(work.name, "uncertain", item=call.item, said=said, **values)
+        return error
+
+    def _failed(
+        self, work: Work, call: Call, error: StepError, cause: Cause, node: str | None
+    ) -> None:
+        said = {"attempt": call.attempt, "cause": cause, "node": node, "reason": error.what}
+        tries = self._budget(work.name, call.item).spend(cause)
+        if tries is None:
+            self._give_up(work, call.item, error, said)
+        wait_s = delay_s(work.step.retries.backoff, tries or 1, random.random())
+        self._recorder.retry(work.name, call.item, error.what, said | {"delay_s": round(wait_s, 3)})
+        entry = (time.monotonic() + wait_s, next(self._count), work, call.item)
+        heapq.heappush(self._timers, entry)
+
+    def _give_up(self, work: Work, item: int, error: StepError, said: dict[str, Any]) -> None:
+        ended: dict[str, Any] = {
+            "ended_at": datetime.now(UTC),
+            "error": error.what,
+            "message": error.what,
+        }
+        self._recorder.set(work.name, "failed", item=item, said=said, **ended)
+        if item >= 0:
+            ended["message"] = f"call {item}: {error.what}"
+            self._recorder.set(work.name, "failed", said=said, **ended)
+        raise error
+
+    def _spend(self, name: str, item: int, error: StepError) -> None:
+        """Pay for another try at reading what is lost."""
+        if self._budget(name, item).spend("infrastructure") is None:
+            self._recorder.set(name, "failed", error=error.what, message=error.what)
+            raise error
+
+    def _budget(self, name: str, item: int) -> Budget:
+        if (name, item) not in self._budgets:
+            self._budgets[name, item] = Budget(self._graph.step(name).retries)
+        return self._budgets[name, item]
+
+    def _lost_input(self, work: Work, digest: str) -> None:
+        """An input of a step is gone: what has made it runs again, and then the step."""
+        work.suspended = True
+        work.waiting.clear()
+        work.lost.add(digest)
+
+    def _dismiss(self, work: Work) -> None:
+        self._recorder.flush()  # so that the calls that are done are found when it is opened again
+        del self._works[work.name]
+        makers = {maker for digest in work.lost for maker in self._makers(work.name, digest)}
+        self._frontier.reopen(sorted(makers), then=work.name)
+
+    def _makers(self, name: str, digest: str) -> list[str]:
+        """Return the steps that made what a step cannot read; they run again, so it is removed."""
+        if digest not in self._lost:
+            holders = [
+                other
+                for other in sorted(self._graph.needs[name])
+                if other in self._frontier.outputs
+                and digest in self._artifacts.needs(self._frontier.outputs[other])
+            ]
+            if holders:
+                self._lost[digest] = holders
+                self._artifacts.discard(digest)
+            for other in holders:
+                self._recorder.event("artifact_corrupt", other, digest=digest, found_by=name)
+        return self._lost.get(digest, [])
+
+    def _error(self, work: Work, what: str) -> StepError:
+        where = f"step {work.name}"
+        return StepError(what, step=work.name, run_id=self._recorder.run.run_id, where=where)
+
+    # Stopping
+
+    def stop(self, status: StepStatus, *, record: bool, effects_too: bool) -> None:
+        """Cancel what runs, give it a moment to end, then end it.
+
+        Args:
+            status: What becomes of the steps that were cut off.
+            record: Whether to record anything; not where the lease is lost.
+            effects_too: Whether effects that must not run twice are ended as well. They outlive us
+                otherwise, and the next attempt waits for them.
+        """
+        ours = {ticket for ticket in self._flying if effects_too or not ticket.once}
+        for force, grace_s in ((False, _CANCEL_GRACE_S), (True, _KILL_GRACE_S)):
+            for ticket in ours & self._flying:
+                self._crew.cancel(ticket, force=force or ticket.once)
+            until_s = time.monotonic() + grace_s
+            while ours & self._flying and time.monotonic() < until_s:
+                self._take_in_last(max(0.0, until_s - time.monotonic()), record)
+        if record:
+            self._record_cut_off(status)
+
+    def _take_in_last(self, patience_s: float, record: bool) -> None:
+        try:
+            message = self._mailbox.get(timeout=patience_s)
+        except queue.Empty:
+            return
+        if not isinstance(message, Returned):
+            return
+        work, ticket = self._works[message.ticket.step], message.ticket
+        self._flying.discard(ticket)
+        if record and not isinstance(message.answer, BaseException):
+            for call, outcome in zip(ticket.calls, pickle.loads(message.answer), strict=True):
+                if outcome.output is not None:
+                    self._record_success(work, call, outcome)
+
+    def _record_cut_off(self, status: StepStatus) -> None:
+        left = {ticket.step for ticket in self._flying if ticket.once}
+        for name, record in self._recorder.steps.items():
+            if record.status == "running" and name not in left:
+                self._recorder.set(name, status, message="interrupted")
+
+
+def _unreadable(run_id: str, step: str, digest: str) -> StepError:
+    what = f"an input of the step cannot be read: artifact {digest[:12]} is missing or corrupt"
+    return StepError(what, step=step, run_id=run_id, where=f"step {step}")

@@ -68,7 +68,12 @@ class RunSpec:
     @property
     def instance(self) -> str:
         """The name of the lease that a run of this holds."""
-        return f"{self.project}/{self.workflow.name}/{self.config_digest[:16]}"
+        return instance_name(self.project, self.workflow.name, self.config_digest)
+
+
+def instance_name(project: str, workflow: str, config_digest: str) -> str:
+    """Name a workflow with its configuration: the lease that a run of it holds."""
+    return f"{project}/{workflow}/{config_digest[:16]}"
 
 
 def packages_of(project: Project) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlops_ray.config import signatures
 from mlops_ray.metadata.digest import digest_json
@@ -24,7 +25,7 @@ from mlops_ray.orchestration.modules import (
 
 _WHOLE = "*"
 _AT_IMPORT = "<import>"
-_QUIET_DECORATORS = frozenset({"mlops_ray.orchestration.declare"})
+_QUIET_DECORATORS = frozenset({"mlops_ray.orchestration.marks"})
 _RUNS_WHEN_MADE = frozenset({"__init__", "__new__", "__post_init__", "__set_name__"})
 _SEES_SUBCLASSES = frozenset({"__init_subclass__", "__subclasses__"})
 
@@ -49,7 +50,7 @@ class _Cached:
     stamps: tuple[tuple[Path, tuple[int, int]], ...]
 
 
-_CACHE: dict[tuple[tuple[str, ...], tuple[str, ...]], _Cached] = {}
+_CACHE: dict[tuple[Any, ...], _Cached] = {}
 _MOST_CACHED = 4096
 
 
@@ -59,7 +60,9 @@ def code_of(targets: tuple[str, ...], packages: tuple[str, ...]) -> Code:
     Raises:
         ConfigError: A source file has a syntax error.
     """
-    cached = _CACHE.get((targets, packages))
+    # Where the packages lie is part of the question: the import path may have changed.
+    asked = (targets, packages, *(signatures.module_file(package) for package in packages))
+    cached = _CACHE.get(asked)
     if cached is not None and all(_stamp(file) == stamp for file, stamp in cached.stamps):
         return cached.code
     closure = _Closure(packages)
@@ -70,7 +73,7 @@ def code_of(targets: tuple[str, ...], packages: tuple[str, ...]) -> Code:
     code = Code(symbols, digest_json(symbols))
     if len(_CACHE) >= _MOST_CACHED:
         _CACHE.clear()
-    _CACHE[targets, packages] = _Cached(code, tuple((f, _stamp(f)) for f in closure.files()))
+    _CACHE[asked] = _Cached(code, tuple((f, _stamp(f)) for f in closure.files()))
     return code
 
 

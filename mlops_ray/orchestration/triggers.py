@@ -24,7 +24,7 @@ from mlops_ray.config.base import Frozen, Instant
 from mlops_ray.config.triggers import MOMENT, Trigger
 from mlops_ray.metadata.records import Firing
 from mlops_ray.orchestration.retries import delay_s
-from mlops_ray.orchestration.schedule import newest_occurrences
+from mlops_ray.orchestration.schedule import newest_occurrences, next_occurrence
 
 REASON_VARIABLE = "MLOPS_RAY_REASON"
 """Environment variable of a job: why it runs, for a person."""
@@ -114,6 +114,14 @@ def due_times(name: str, trigger: Trigger, since: datetime, now: datetime) -> li
         data = {"earlier_ones_missed": True}
         occasions[0] = occasions[0].model_copy(update={"data": occasions[0].data | data})
     return occasions
+
+
+def next_time(name: str, trigger: Trigger, now: datetime) -> datetime | None:
+    """Return when a schedule goes next, in its own time zone; None for other triggers."""
+    if trigger.cron is None:
+        return None
+    moment = next_occurrence(trigger.cron, trigger.timezone, now)
+    return moment and jittered(name, trigger, moment).astimezone(ZoneInfo(trigger.timezone))
 
 
 def jittered(name: str, trigger: Trigger, moment: datetime) -> datetime:

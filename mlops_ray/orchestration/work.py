@@ -19,10 +19,14 @@ _SHARE_OF_NEW = 0.3
 class Work:
     """The calls of one step: a single one (item −1), or one for each element of what it maps over.
 
+    ``waiting`` are those that may be started, ``running`` counts tasks. ``attempts`` are those of
+    earlier attempts at the run. A ``suspended`` work starts nothing more: the artifacts ``lost`` must
+    be made again first.
+
     Args:
         name: The step.
         step: Its declaration.
-        key: Its key; None for a step that has none.
+        key: Its key.
         job: What all its calls have in common, pickled.
         elements: What each call of a mapped step gets; None for a step that is not mapped.
         keys: The keys of those calls.
@@ -32,10 +36,10 @@ class Work:
         self,
         name: str,
         step: Step,
-        key: StepKey | None,
+        key: StepKey,
         job: bytes,
         elements: Sequence[dict[str, Any]] | None = None,
-        keys: Sequence[StepKey | None] = (),
+        keys: Sequence[StepKey] = (),
     ) -> None:
         self.name = name
         self.step = step
@@ -45,6 +49,8 @@ class Work:
         self.is_mapped = elements is not None
         self.once = step.mode == "effect" and not step.idempotent
         self.suspended = False
+        self.lost: set[str] = set()
+        self.attempts: dict[int, int] = {}
         self.running = 0
         self.waiting: deque[int] = deque(range(len(elements)) if elements is not None else (-1,))
         self._elements = elements
@@ -67,7 +73,7 @@ class Work:
         """How many of a mapped step's calls are done: ``137/200``."""
         return f"{len(self._outputs) - self._left}/{len(self._outputs)}"
 
-    def key_of(self, item: int) -> StepKey | None:
+    def key_of(self, item: int) -> StepKey:
         """Return the key of a call."""
         return self.key if item < 0 else self.keys[item]
 
@@ -89,9 +95,7 @@ class Work:
     def took(self, seconds: float) -> None:
         """Learn how long a call takes."""
         last = self._call_s
-        self._call_s = (
-            seconds if last is None else last + _SHARE_OF_NEW * (seconds - last)
-        )
+        self._call_s = seconds if last is None else last + _SHARE_OF_NEW * (seconds - last)
 
     def batch(self, lanes: int) -> int:
         """Return how many calls to send to one worker: more than one only where they are so short

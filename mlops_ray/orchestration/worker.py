@@ -29,6 +29,7 @@ from mlops_ray.orchestration.deadline import TimedOut, limited
 from mlops_ray.orchestration.reporting import LiveReporter
 from mlops_ray.orchestration.resolution import Argument
 from mlops_ray.orchestration.retries import Cause, classify, digest_of
+from mlops_ray.orchestration.tracing import nested
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,20 @@ class Job:
     pickle: bool = False
     fence: Lease | None = None
     timeout_s: float | None = None
+    tracing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: of a mapped step the one for element ``item``, with what it maps over."""
+    """One call: of a mapped step the one for element ``item``, with what it maps over.
+
+    ``traceparent`` is the address of its span, "" where tracing is off.
+    """
 
     item: int = -1
     attempt: int = 1
     elements: dict[str, Any] = field(default_factory=dict)
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +113,12 @@ def perform(job: Job, call: Call) -> Outcome:
     sys.path[:0] = [root for root in job.roots if root not in sys.path]
     allow(job.packages)
     reporter = LiveReporter(job.project, job.home, job.run_id, job.step, call.item, job.fence)
-    context = Context(
-        job.project, job.home, job.run_id, job.step, reporter, job.command, call.item
-    )
+    context = Context(job.project, job.home, job.run_id, job.step, reporter, job.command, call.item)
     started_at = datetime.now(UTC)
     result: dict[str, Any] = {}
     with captured(log_path(job.home, job.run_id, job.step, call.item)) as log:
         try:
-            with limited(job.timeout_s, log):
+            with nested(call.traceparent, job.tracing), limited(job.timeout_s, log):
                 result = {"output": _call(job, call, context)}
         except (Exception, SystemExit, TimedOut) as error:
             traceback.print_exc()

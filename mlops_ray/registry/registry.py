@@ -156,6 +156,15 @@ class Registry:
         """Return all versions of a model, oldest first; [] for no such model."""
         return [self._model_version(found) for found in self._all(model_name)]
 
+    def origins(self) -> dict[str, str | None]:
+        """Return the run that registered each version of every model: ``flights@7``."""
+        parent = f"{LINEAGE}parent_run"
+        return {
+            f"{name}@{found.version}": found.tags.get(parent)
+            for name in self.models()
+            for found in self._all(name)
+        }
+
     def describe(self, ref: str) -> dict[str, Any]:
         """Return everything that is known of a version, as a JSON value.
 

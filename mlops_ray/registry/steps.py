@@ -9,9 +9,11 @@ from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.digest import canonical_json
 from mlops_ray.metadata.types import ModelVersion, Report
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.marks import effect
 from mlops_ray.registry.registry import Registry
 
 
+@effect
 def register(
     context: Context,
     model_name: str,

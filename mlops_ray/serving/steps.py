@@ -10,9 +10,11 @@ from mlops_ray.config.serving import Serving
 from mlops_ray.metadata import package as packages
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.marks import effect, ensure
 from mlops_ray.serving.batch import BatchResult, score_batch
 
 
+@effect
 def batch_predict(
     context: Context, project: str, features: Features, serving: Serving, batch: BatchPredict
 ) -> BatchResult:
@@ -40,6 +42,7 @@ def batch_predict(
     return result
 
 
+@ensure
 def push_endpoint(context: Context, project: str, serving: Serving, features: Features) -> Endpoint:
     """Open the HTTP door of the pushed sources; see ``push.deploy``.
 

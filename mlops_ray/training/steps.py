@@ -20,6 +20,7 @@ from mlops_ray.errors import SchemaError, TrainingError
 from mlops_ray.metadata import package as packages
 from mlops_ray.metadata.types import Report
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.marks import effect
 from mlops_ray.training import splitting
 from mlops_ray.training.dataset import TableColumns
 
@@ -91,6 +92,7 @@ def evaluate(context: Context, package: Path, data: pa.Table, evaluation: Evalua
     return report
 
 
+@effect
 def evaluate_alias(
     context: Context, model_name: str, alias: str, data: pa.Table, evaluation: Evaluation
 ) -> Report | None:

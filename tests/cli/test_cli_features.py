@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlops_ray.cli.init import write_project
-from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.features import steps
 from mlops_ray.features.store import FeatureStore
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.load import load_project
 from mlops_ray.orchestration.worker import LedgerReporter, Task
 
 NAME = "parcels"

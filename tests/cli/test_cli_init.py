@@ -22,11 +22,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mlops_ray.cli.init import render, write_project
-from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.load import load_project
 
 ROOT = Path(__file__).parents[2]
 SCAFFOLD = ROOT / "mlops_ray/cli/scaffold"

@@ -17,10 +17,10 @@ import pytest
 from mlops_ray import __version__
 from mlops_ray.cli.init import write_project
 from mlops_ray.cli.main import Verbs
-from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger, RunRecord
+from mlops_ray.orchestration.load import load_project
 
 ROOT = Path(__file__).parents[2]
 VERBS = ["init", "check", "plan", "run", "submit", "features", "status", "models", "doctor"]

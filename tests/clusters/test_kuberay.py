@@ -11,9 +11,9 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.delivery.application import Arguments
+from mlops_ray.orchestration.load import load_project
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "clusters" / "kuberay"

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from mlops_ray.config.check import is_allowed, load_project
+from mlops_ray.config.check import is_allowed
 from mlops_ray.config.compose import sweep
 from mlops_ray.config.locate import Workspace, open_workspace
 from mlops_ray.errors import ConfigError
+from mlops_ray.orchestration.load import load_project
 
 PROJECT = """\
 # @package _global_

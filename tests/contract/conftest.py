@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from contract import world
-from contract.ledgers import Ledgers
+from contract.ledgers import Ledgers, await_writer, empty
 from redis_server import serve
 
 from mlops_ray.config.features import Features
@@ -183,12 +183,22 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlops_ray.features.join._JOB_LABELS", 3)
 
 
+@pytest.fixture(scope="session")
+def written_home(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home whose ledger has a writer that answers."""
+    home = Home(tmp_path_factory.mktemp("written") / "home", Storage())
+    await_writer(home)
+    return home
+
+
 @pytest.fixture(params=["sqlite", "postgresql", "writer"])
 def ledgers(request: pytest.FixtureRequest, tmp_path: Path) -> Ledgers:
     """An empty ledger of each kind: opened directly, or through the writer of a Ray cluster."""
+    if request.param == "writer":
+        home = request.getfixturevalue("written_home")
+        empty(home)
+        return Ledgers(home, through_ray=True)
     url = None
     if request.param == "postgresql":
         url = request.getfixturevalue("postgres").new_database()
-    if request.param == "writer":
-        request.getfixturevalue("ray_cluster")
-    return Ledgers(Home(tmp_path / "home", Storage(ledger=url)), through_ray=request.param == "writer")
+    return Ledgers(Home(tmp_path / "home", Storage(ledger=url)), through_ray=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import sqlalchemy as sa
+
 from mlops_ray.errors import LeaseError
 from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.database import Database
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import NewEvent, RunRecord, StepChange
+from mlops_ray.metadata.schema import METADATA
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,26 @@ class Ledgers:
             return [call.result() for call in calls]
 
 
+def await_writer(home: Home) -> Any:
+    """Start the writer of a home, and return its actor when it answers."""
+    import ray
+
+    from mlops_ray.metadata.writer import RemoteDatabase
+
+    actor = RemoteDatabase(home.ledger_url).actor
+    ray.get(actor.pid.remote())
+    return actor
+
+
+def empty(home: Home) -> None:
+    """Remove all rows."""
+    engine = sa.create_engine(home.ledger_url, connect_args={"timeout": 30})
+    with engine.begin() as connection:
+        for table in METADATA.sorted_tables:
+            connection.execute(table.delete())
+    engine.dispose()
+
+
 def run_record(run_id: str = "r1", **given: Any) -> RunRecord:
     values = {
         "run_id": run_id,
@@ -65,10 +89,8 @@ def race(home: Home, owner: str, rounds: int) -> dict[str, int]:
     ledger = open_ledger(home)
     won = {}
     for number in range(rounds):
-        try:
+        with contextlib.suppress(LeaseError):
             won[f"lease-{number}"] = ledger.acquire(f"lease-{number}", owner, 600).token
-        except LeaseError as error:
-            assert error.lease.owner != owner
     return won
 
 

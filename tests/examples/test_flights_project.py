@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from mlops_ray.config.check import load_project
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.orchestration.graph import build
+from mlops_ray.orchestration.load import load_project
 
 pytest.importorskip("flights.data", reason="the example project is not on the path")
 

@@ -24,7 +24,13 @@ INPUTS: dict[str, dict[str, str]] = {
     "promote": {"version": "register", "decision": "gate"},
     "deploy": {},
 }
-KINDS = {"extract": "tree", "clean": "tree", "training_set": "table", "split": "table", "fit": "tree"}
+KINDS = {
+    "extract": "tree",
+    "clean": "tree",
+    "training_set": "table",
+    "split": "table",
+    "fit": "tree",
+}
 
 
 class World:

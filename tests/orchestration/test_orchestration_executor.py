@@ -9,12 +9,14 @@ import pytest
 
 from mlops_ray.config.workflow import Step, Workflow
 from mlops_ray.errors import StepError, WorkflowError
-from mlops_ray.metadata.artifacts import ArtifactStore
+from mlops_ray.metadata.access import open_ledger
+from mlops_ray.metadata.artifacts import open_artifacts
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.records import StepChange
 from mlops_ray.orchestration.executor import Executor
 from mlops_ray.orchestration.graph import build
 from mlops_ray.orchestration.plan import make_plan
+from mlops_ray.orchestration.spec import RunSpec
 
 HERE = "orchestration.sample_steps"
 
@@ -38,12 +40,12 @@ class Bench:
         return self.base.model_copy(update=update)
 
     def run(self, project: Any) -> tuple[Any, dict[str, str], Executor]:
-        executor = Executor(project, directory=self.marks)
+        executor = Executor(RunSpec.of(project, directory=self.marks))
         record = executor.run()
         return record, self.states(record.run_id), executor
 
     def states(self, run_id: str) -> dict[str, str]:
-        ledger = Ledger(self.home.ledger_url)
+        ledger = open_ledger(self.home)
         return {step.name: step.status for step in ledger.steps(run_id)}
 
     def count(self, name: str) -> int:
@@ -117,7 +119,8 @@ def test_an_effect_whose_code_or_inputs_changed_happens_again_on_resume(bench: B
     )
     with pytest.raises(StepError) as caught:
         bench.run(project)
-    Ledger(bench.home.ledger_url).update_step(caught.value.run_id, "effect", key="of older code")
+    older = StepChange(run_id=caught.value.run_id, name="effect", values={"key": "of older code"})
+    open_ledger(bench.home).apply([older])
     bench.run(project)
     assert bench.count("effect") == 2
 
@@ -129,7 +132,7 @@ def test_a_fresh_run_does_not_go_on_with_an_old_one(bench: Bench) -> None:
     )
     with pytest.raises(StepError) as caught:
         bench.run(project)
-    record = Executor(project, directory=bench.marks).run(fresh=True)
+    record = Executor(RunSpec.of(project, directory=bench.marks)).run(fresh=True)
     assert record.run_id != caught.value.run_id
     assert bench.count("effect") == 2
 
@@ -139,8 +142,8 @@ def test_plan_assumes_that_what_must_run_gives_what_it_gave(bench: Bench) -> Non
     steps["numbers"]["mode"] = "ensure"
     project = bench.project(**steps)
     bench.run(project)
-    artifacts = ArtifactStore(bench.home.artifacts)
-    plan = make_plan(project, build(project.workflow), Ledger(bench.home.ledger_url), artifacts)
+    artifacts = open_artifacts(bench.home)
+    plan = make_plan(RunSpec.of(project), build(project.workflow), open_ledger(bench.home), artifacts)
     assert [s.state for s in plan.steps] == ["run", "cached"]
     assert "if numbers gives what it gave last" in plan.steps[1].reason
 
@@ -174,11 +177,11 @@ def test_an_input_of_the_wrong_type_is_named(bench: Bench) -> None:
 def test_a_corrupt_artifact_is_found_and_made_again(bench: Bench) -> None:
     steps = {k: v for k, v in chain().items() if k in ("numbers", "total")}
     bench.run(bench.project(**steps))
-    ledger = Ledger(bench.home.ledger_url)
+    ledger = open_ledger(bench.home)
     run = ledger.runs()[0]
     output = ledger.steps(run.run_id)[0].output
     assert output is not None
-    ArtifactStore(bench.home.artifacts).path(output.digest).write_bytes(b"broken")
+    open_artifacts(bench.home).path(output.digest).write_bytes(b"broken")
     steps = {k: v for k, v in chain().items() if k in ("numbers", "total")}
     _, states, _ = bench.run(bench.project(**steps))
     assert states == {"numbers": "succeeded", "total": "cached"}
@@ -190,25 +193,11 @@ def test_plan_says_what_is_cached_without_running(bench: Bench) -> None:
     steps = {k: v for k, v in chain().items() if k in ("numbers", "total", "folder", "read")}
     steps["numbers"]["with"] = {"count": 5}
     project = bench.project(**steps)
-    artifacts = ArtifactStore(bench.home.artifacts)
-    plan = make_plan(project, build(project.workflow), Ledger(bench.home.ledger_url), artifacts)
+    artifacts = open_artifacts(bench.home)
+    plan = make_plan(RunSpec.of(project), build(project.workflow), open_ledger(bench.home), artifacts)
     assert [s.state for s in plan.steps] == ["cached", "cached", "run", "depends"]
     changed = bench.project(
         **steps | {"numbers": {"uses": f"{HERE}.numbers", "with": {"count": 9}}}
     )
-    plan = make_plan(changed, build(changed.workflow), Ledger(bench.home.ledger_url), artifacts)
+    plan = make_plan(RunSpec.of(changed), build(changed.workflow), open_ledger(bench.home), artifacts)
     assert [s.state for s in plan.steps] == ["run", "depends", "depends", "depends"]
-
-
-def test_one_process_at_a_time_owns_a_run(bench: Bench) -> None:
-    project = bench.project(numbers={"uses": f"{HERE}.numbers", "with": {"count": "many"}})
-    with pytest.raises(StepError):
-        bench.run(project)
-    from mlops_ray.orchestration import executor as module
-
-    ledger = Ledger(bench.home.ledger_url)
-    (seen,) = ledger.runs()
-    assert ledger.take_run(seen, module._owner(), {})
-    assert not ledger.take_run(seen, "another", {})
-    with pytest.raises(WorkflowError, match="running already"):
-        bench.run(project)

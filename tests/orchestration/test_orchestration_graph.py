@@ -57,6 +57,128 @@ def test_any_acyclic_workflow_is_ordered(size: int, random: object) -> None:
         assert all(position[ref[1:]] < position[name] for ref in step["with"]["x"])
 
 
+INNER = {
+    "name": "inner",
+    "inputs": {"day": None, "size": 3},
+    "outputs": {"table": "$clean", "count": "$clean.count", "day": "$inputs.day"},
+    "max_parallel": 2,
+    "steps": {
+        "load": {"uses": "mlops_ray.x.y", "with": {"day": "$inputs.day", "n": "$inputs.size"}},
+        "clean": {
+            "uses": "mlops_ray.x.y",
+            "with": {"raw": ["$load", "$inputs.day.name"]},
+            "when": "$load.rows > 0",
+            "priority": 1,
+            "group": "g",
+        },
+    },
+}
+
+
+def nested(**changes: object) -> Workflow:
+    outer = {"workflow": INNER, "with": {"day": "$first.day"}} | changes
+    return Workflow.model_validate(
+        {
+            "name": "w",
+            "outputs": {"table": "$outer.table"},
+            "max_parallel": 5,
+            "steps": {
+                "first": {"uses": "mlops_ray.x.y"},
+                "outer": outer,
+                "last": {
+                    "uses": "mlops_ray.x.y",
+                    "with": {"t": "$outer.table", "c": "$outer.count", "d": "$outer.day.0"},
+                    "after": ["outer"],
+                },
+            },
+        }
+    )
+
+
+def test_nested_steps_get_the_name_of_the_outer_and_the_inputs_put_in() -> None:
+    graph = build(nested())
+    assert graph.order == ("first", "outer/load", "outer/clean", "last")
+    assert graph.step("outer/load").inputs == {"day": "$first.day", "n": 3}
+    assert graph.step("outer/clean").inputs == {"raw": ["$outer/load", "$first.day.name"]}
+    assert graph.step("outer/clean").group == "outer/g"
+    assert graph.step("last").inputs == {
+        "t": "$outer/clean",
+        "c": "$outer/clean.count",
+        "d": "$first.day.0",
+    }
+    assert graph.after["last"] == {"outer/load", "outer/clean", "first"}
+    assert graph.outputs == {"table": "$outer/clean"}
+    assert graph.limits == {"": 5, "outer": 2}
+    assert graph.scopes("outer/clean") == ("", "outer")
+
+
+def test_conditions_priority_and_order_of_the_outer_step_hold_for_the_inner_ones() -> None:
+    graph = build(nested(when="not $first.quiet", priority=10, after=["first"]))
+    assert [str(c) for c in graph.conditions("outer/clean")] == [
+        "not $first.quiet",
+        "$outer/load.rows > 0",
+    ]
+    assert graph.needs["outer/clean"] == {"first", "outer/load"}
+    assert graph.after["outer/load"] == {"first"}
+    assert graph.step("outer/clean").priority == 11
+
+
+def test_workflows_nest_to_any_depth_and_may_pass_through() -> None:
+    middle = {
+        "name": "middle",
+        "inputs": {"day": None},
+        "outputs": {"table": "$deep.table", "day": "$deep.day"},
+        "steps": {"deep": {"workflow": INNER, "with": {"day": "$inputs.day"}}},
+    }
+    graph = build(
+        Workflow.model_validate(
+            {
+                "name": "w",
+                "steps": {
+                    "outer": {"workflow": middle, "with": {"day": "monday"}},
+                    "last": {
+                        "uses": "mlops_ray.x.y",
+                        "with": {"t": "$outer.table", "d": "$outer.day"},
+                    },
+                },
+            }
+        )
+    )
+    assert graph.order == ("outer/deep/load", "outer/deep/clean", "last")
+    assert graph.step("last").inputs == {"t": "$outer/deep/clean", "d": "monday"}
+    assert graph.scopes("outer/deep/load") == ("", "outer", "outer/deep")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"with": {}}, "the workflow needs input 'day'"),
+        ({"with": {"day": 1, "dya": 1}}, "no such input. Did you mean day?"),
+        ({"with": {"day": "$outer.table"}}, "cycle"),
+        ({"with": {"day": "$outer.day"}}, "is given to itself"),
+        ({"retries": 2}, "is for functions"),
+        ({"with": {"day": "$outer"}}, "has outputs by name"),
+        ({"with": {"day": {"no": "name"}}}, "has no part 'name'"),
+    ],
+)
+def test_what_is_wrong_with_a_nested_workflow_is_said(
+    changes: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        build(nested(**changes))
+
+
+def test_an_unknown_output_of_a_nested_workflow_is_named_with_the_closest() -> None:
+    steps = {
+        "outer": {"workflow": INNER, "with": {"day": 1}},
+        "last": {"uses": "mlops_ray.x.y", "with": {"t": "$outer.tabel"}},
+    }
+    with pytest.raises(ConfigError) as caught:
+        build(Workflow.model_validate({"name": "w", "steps": steps}))
+    assert "workflow.steps.last.with.t" in str(caught.value)
+    assert "Did you mean $outer.table?" in str(caught.value)
+
+
 def test_references_select_parts_and_leave_other_text_alone() -> None:
     assert references.parse("$a.b.0") == references.Reference("a", ("b", "0"))
     assert references.parse("$5 a day") is None

@@ -1,56 +1,137 @@
-"""Cache keys: what changes them and what does not."""
+"""Cache keys: what changes them, what does not, and what they say of themselves."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from orchestration.packages import package
 
-from mlops_ray.orchestration.keys import code_digest, step_key
+from mlops_ray.config.workflow import Step
+from mlops_ray.metadata.artifacts import ArtifactRef, open_artifacts
+from mlops_ray.metadata.home import Home
+from mlops_ray.orchestration.keys import StepKey, code_digest, item_key
+from mlops_ray.orchestration.resolution import element_digest, elements_of, key_of
+
+NAME = "keyed_project"
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "keyed_project"
-    folder.mkdir()
-    (folder / "__init__.py").write_text("")
-    (folder / "steps.py").write_text(
-        "from keyed_project import maths\ndef go(): return maths.f()\n"
-    )
-    (folder / "maths.py").write_text("def f():\n    return 1\n")
-    (folder / "other.py").write_text("X = 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield folder
-    for name in [name for name in sys.modules if name.startswith("keyed_project")]:
-        del sys.modules[name]
+def root(tmp_path: Path) -> Iterator[Path]:
+    files = {
+        "steps.py": "from .maths import f\ndef go(**inputs): return f()\n",
+        "maths.py": "def f(): return 1\n",
+        "other.py": "X = 1\n",
+    }
+    with package(tmp_path, NAME, files) as made:
+        yield made
 
 
-def digest(inputs: object = None) -> str:
-    return code_digest("keyed_project.steps.go", inputs, ["keyed_project"])
+class Bench:
+    """A store with outputs of steps a and b, and keys of steps that use them."""
+
+    def __init__(self, home: Home) -> None:
+        self.artifacts = open_artifacts(home)
+        self.outputs: dict[str, ArtifactRef] = {}
+        self.give(a={"x": 1, "y": [1, 2]}, b="text")
+
+    def give(self, **values: Any) -> None:
+        for name, value in values.items():
+            self.outputs[name] = self.artifacts.put(value)
+
+    def key(self, ensured: frozenset[str] = frozenset(), **step: Any) -> StepKey:
+        made = Step.model_validate({"uses": f"{NAME}.steps.go"} | step)
+        return key_of(made, self.outputs, self.artifacts, (NAME,), ensured=ensured)
 
 
-def test_code_of_imported_project_modules_counts(package: Path) -> None:
-    before = digest()
-    (package / "maths.py").write_text("def f():\n    return 2  # changed\n")
-    assert digest() != before
+@pytest.fixture
+def bench(root: Path, home: Home) -> Bench:
+    return Bench(home)
 
 
-def test_comments_and_unrelated_modules_do_not_count(package: Path) -> None:
-    before = digest()
-    (package / "maths.py").write_text("# a comment\ndef f():\n\n    return 1\n")
-    (package / "other.py").write_text("X = 2\n")
-    assert digest() == before
+def given(**inputs: Any) -> dict[str, Any]:
+    return {"with": inputs}
 
 
-def test_code_named_by_the_inputs_counts(package: Path) -> None:
-    inputs = {"source": {"read": "keyed_project.other.X"}}
-    before = digest(inputs)
-    (package / "other.py").write_text("X = 2\n")
-    assert digest(inputs) != before
+def test_parts_say_what_the_key_was_made_of(bench: Bench) -> None:
+    key = bench.key(**given(n=1, table="$a", part="$a.x", mixed={"one": "$b", "two": [2]}))
+    assert key.parts["target"] == f"{NAME}.steps.go"
+    assert set(key.parts["code"]) == {f"{NAME}.steps.go", f"{NAME}.maths.f"}
+    assert key.parts["inputs"] == {
+        "n": {"config": 1},
+        "table": {"step": "a", "digest": bench.outputs["a"].digest},
+        "part": {"step": "a", "part": ["x"], "value": 1},
+        "mixed.one": {"step": "b", "digest": bench.outputs["b"].digest},
+        "mixed.two": {"config": [2]},
+    }
 
 
-def test_key_depends_on_inputs_but_not_on_their_order() -> None:
-    assert step_key("a.b", "c", {"x": 1, "y": 2}) == step_key("a.b", "c", {"y": 2, "x": 1})
-    assert step_key("a.b", "c", {"x": 1}) != step_key("a.b", "c", {"x": 2})
-    assert step_key("a.b", "c", {"x": 1}) != step_key("a.b", "d", {"x": 1})
+def test_inputs_and_selected_parts_count_but_not_their_order_nor_what_is_not_selected(
+    bench: Bench,
+) -> None:
+    key = bench.key(**given(x="$a.x", n=1)).key
+    assert key == bench.key(**given(n=1, x="$a.x")).key
+    assert key != bench.key(**given(n=2, x="$a.x")).key
+    bench.give(a={"x": 1, "y": []})
+    assert key == bench.key(**given(x="$a.x", n=1)).key
+    bench.give(a={"x": 2})
+    assert key != bench.key(**given(x="$a.x", n=1)).key
+
+
+def test_the_name_of_the_step_that_gave_an_input_does_not_count(bench: Bench) -> None:
+    bench.outputs["renamed"] = bench.outputs["a"]
+    assert bench.key(**given(x="$a")).key == bench.key(**given(x="$renamed")).key
+
+
+def test_an_ensured_output_counts_by_its_name_alone(bench: Bench) -> None:
+    before = bench.key(frozenset({"a"}), **given(x="$a")).key
+    bench.give(a="another")
+    assert bench.key(frozenset({"a"}), **given(x="$a")).key == before
+    assert bench.key(**given(x="$a")).key != before
+
+
+def test_the_declared_environment_counts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = bench.key()
+    packaged = bench.key(environment={"packages": ["pydantic", "no-such-package"]})
+    assert packaged.parts["environment"]["packages"]["no-such-package"] is None
+    assert packaged.parts["environment"]["packages"]["pydantic"][0].isdigit()
+    monkeypatch.setenv("KEY_TEST", "secret")
+    variables = bench.key(environment={"variables": ["KEY_TEST"]})
+    monkeypatch.setenv("KEY_TEST", "changed")
+    changed = bench.key(environment={"variables": ["KEY_TEST"]})
+    runtime = bench.key(environment={"runtime": {"pip": ["x"]}})
+    keys = {key.key for key in (plain, packaged, variables, changed, runtime)}
+    assert len(keys) == 5
+    assert "secret" not in str(variables.parts)
+
+
+def test_resources_and_retries_do_not_count(bench: Bench) -> None:
+    assert bench.key().key == bench.key(resources={"num_cpus": 2}, retries=3, priority=7).key
+
+
+def test_each_call_of_a_mapped_step_has_a_key_of_its_own_whatever_else_is_in_the_list(
+    bench: Bench,
+) -> None:
+    def keys(values: list[int]) -> tuple[str, list[str]]:
+        bench.give(parts=values)
+        step = Step.model_validate({"uses": f"{NAME}.steps.go", "map": {"part": "$parts"}})
+        parent = key_of(step, bench.outputs, bench.artifacts, (NAME,))
+        calls = elements_of(step, bench.outputs, bench.artifacts)
+        digests = [{n: element_digest(a) for n, a in call.items()} for call in calls]
+        return parent.key, [item_key(parent, digest).key for digest in digests]
+
+    whole, (one, two) = keys([1, 2])
+    other, (three, again) = keys([3, 1])
+    assert whole != other
+    assert again == one
+    assert len({one, two, three}) == 3
+
+
+def test_code_named_by_the_inputs_counts(root: Path) -> None:
+    inputs = {"source": {"read": f"{NAME}.other.X"}}
+    before = code_digest(f"{NAME}.steps.go", inputs, [NAME])
+    assert before != code_digest(f"{NAME}.steps.go", None, [NAME])
+    (root / "other.py").write_text("X = 2\n")
+    assert code_digest(f"{NAME}.steps.go", inputs, [NAME]) != before

@@ -1,0 +1,127 @@
+"""The MLflow mirror: MLflow's own client sees every run once, whatever was killed or down."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import kill_mirror
+from metadata.mirror_world import NOON, add_run, check
+
+from mlops_ray.errors import MlopsRayError
+from mlops_ray.metadata import tracking
+from mlops_ray.metadata.home import Home, Storage
+from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.mirror import mirror
+from mlops_ray.metadata.records import StepChange
+
+
+@pytest.fixture
+def client(home: Home) -> Any:
+    return tracking.connect(home)
+
+
+def test_everything_is_there_once(home: Home, client: Any) -> None:
+    for number in range(3):
+        add_run(home, number)
+    assert mirror(home) == 3
+    assert check(home) == 21
+    assert mirror(home) == 0
+
+
+def test_what_a_person_looks_for_is_shown(home: Home, client: Any) -> None:
+    run_id = add_run(home, 0)
+    mirror(home)
+    experiment = client.get_experiment_by_name("shop").experiment_id
+    found = {run.info.run_name: run for run in client.search_runs([experiment])}
+    parent, first = found[f"train {run_id}"], found["step0"]
+    assert parent.data.tags["mlflow.source.git.commit"] == "abc"
+    assert parent.data.tags["mlflow.user"] == "ada"
+    assert parent.data.tags["mlops_ray.reason"] == "trigger nightly"
+    assert parent.data.metrics["steps"] == 6
+    config = Path(client.download_artifacts(parent.info.run_id, "config.json"))
+    assert '"width": 64' in config.read_text()
+    assert first.data.tags["mlops_ray.reads"] == "view:weather@14"
+    assert first.data.tags["mlops_ray.writes"] == "model:shop@1"
+    assert first.data.tags["mlops_ray.log"].endswith(f"runs/{run_id}/logs/step0.log")
+    assert first.data.metrics["items"] == 3
+    assert first.data.metrics["items_cached"] == 1
+    assert first.data.metrics["duration_s"] > 0
+    dataset = first.inputs.dataset_inputs[0].dataset
+    assert dataset.name == "step0"
+    assert '"name": "n", "type": "long"' in dataset.schema
+    assert dataset.profile == '{"num_rows": 3}'
+
+
+def test_a_run_that_was_resumed_is_shown_as_it_is_now(home: Home, client: Any) -> None:
+    run_id = add_run(home, 1)
+    mirror(home)
+    ledger = Ledger(home.ledger_url)
+    ledger.resume_run(run_id, "host:9:9", {"commit": "def", "seed": 3})
+    changed = {"status": "succeeded", "params": {"note": "other"}, "attempt": 9, "ended_at": NOON}
+    for name in ("step1", "step4"):
+        ledger.apply([StepChange(run_id=run_id, name=name, values=changed)])
+    ledger.finish_run(run_id, "succeeded")
+    assert mirror(home) == 1
+    assert check(home) == 7
+
+
+@pytest.mark.parametrize("calls", range(1, 16, 2))
+def test_it_goes_on_from_wherever_it_was_cut_off(
+    home: Home, client: Any, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_run(home, 2, steps=3)
+    left = calls
+    cut = type("Cut", (BaseException,), {})
+
+    class Cutting:
+        def __getattr__(self, name: str) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise cut
+            return getattr(client, name)
+
+    monkeypatch.setattr(tracking, "connect", lambda home: Cutting())
+    with pytest.raises(cut):
+        mirror(home)
+    left = -1
+    assert mirror(home) == 1
+    assert check(home) == 4
+
+
+def test_what_a_killed_process_still_got_through_is_removed(home: Home, client: Any) -> None:
+    run_id = add_run(home, 3)
+    experiment = tracking.experiment(client, home, "shop")
+    real = client.create_run
+    late: list[Any] = []
+
+    def create_run(*given: Any, **more: Any) -> Any:
+        # The request of a process that was killed reaches the server after our search.
+        late.append(real(*given, **more))
+        return real(*given, **more)
+
+    client.create_run = create_run
+    try:
+        mirror(home)
+    finally:
+        del client.create_run
+    assert len(late) == 7
+    assert check(home) == 7
+    assert len(client.search_runs([experiment], f"tags.`mlops_ray.run_id` = '{run_id}'")) == 7
+
+
+def test_a_server_that_is_down_is_said_at_once(home: Home) -> None:
+    add_run(home, 0)
+    away = Home(home.root, Storage(tracking="http://127.0.0.1:9"))
+    with pytest.raises(MlopsRayError, match=r"127.0.0.1:9: MLflow cannot be reached"):
+        mirror(away)
+
+
+def test_kills_and_outages_of_a_server_leave_no_doubles(tmp_path: Path) -> None:
+    began = time.monotonic()
+    said = kill_mirror.run(tmp_path, kills=4, seed=3)
+    assert "once each" in said
+    assert time.monotonic() - began < 240
