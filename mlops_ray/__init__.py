@@ -21,6 +21,7 @@ from mlops_ray.errors import (
     ServingError,
     SourceError,
     StepError,
+    StorageError,
     TrainingError,
     WorkflowError,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "Session",
     "SourceError",
     "StepError",
+    "StorageError",
     "TrainingError",
     "WorkflowError",
     "__version__",

@@ -16,11 +16,13 @@ from typing import Any, Self
 
 from mlops_ray.config.locate import Workspace, open_workspace
 from mlops_ray.config.project import Project
+from mlops_ray.config.workflow import Workflow
 from mlops_ray.features.plan import FeaturePlan, record
 from mlops_ray.features.store import FeatureStore
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.records import RunRecord
 from mlops_ray.metadata.types import FeatureVersions
+from mlops_ray.orchestration.declare import Declaration
 from mlops_ray.orchestration.load import load_project
 
 
@@ -104,11 +106,11 @@ class Session:
         self.project: Project = load_project(workspace, list(overrides))
         self.features = ProjectFeatures(self)
 
-    def run(self, workflow: str, *overrides: str) -> Run:
+    def run(self, workflow: str | Workflow | Declaration, *overrides: str) -> Run:
         """Run a workflow to its end; an unfinished run of it goes on.
 
         Args:
-            workflow: Its name, such as ``train``.
+            workflow: Its name, such as ``train``, or one that is declared in Python.
             overrides: Further Hydra overrides, such as ``training.epochs=2``.
 
         Raises:
@@ -119,8 +121,11 @@ class Session:
         """
         from mlops_ray.cluster.running import run_workflow
 
-        given = [*self._overrides, f"workflow={workflow}", *overrides]
-        project = load_project(self._workspace, given)
+        chosen = [f"workflow={workflow}"] if isinstance(workflow, str) else []
+        given = [*self._overrides, *chosen, *overrides]
+        project = load_project(
+            self._workspace, given, None if isinstance(workflow, str) else workflow
+        )
         executor, record = run_workflow(self._workspace, project, given)
         names = [step.name for step in executor.steps(record.run_id) if step.output is not None]
         return Run(record, _Outputs(executor, record.run_id, names))

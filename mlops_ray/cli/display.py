@@ -13,7 +13,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mlops_ray.config.project import Project
 from mlops_ray.metadata.records import RunRecord, StepRecord
 
 _STYLE = {

@@ -134,7 +134,7 @@ def _trees(
 def _grow(
     tree: Tree, graph: Lineage, node: str, direction: Direction, depth: int, seen: set[str]
 ) -> None:
-    """Add what lies beyond a node; what was shown before is only named."""
+    """Add what lies beyond a node; what was shown above has an arrow and is not shown again."""
     from rich.text import Text
 
     neighbours = (graph.up if direction == "up" else graph.down).get(node, ())
@@ -143,14 +143,14 @@ def _grow(
         tree.add(Text(f"… {len(neighbours)} more: --depth", "dim"))
         return
     for other in neighbours:
-        again = other in seen and (graph.up if direction == "up" else graph.down).get(other)
-        label = _label(graph.nodes[other])
-        branch = tree.add(Text.assemble(label, (" ↑ see above", "dim")) if again else label)
-        if not again:
+        if other in seen and (graph.up if direction == "up" else graph.down).get(other):
+            tree.add(Text.assemble(_label(graph.nodes[other], short=True), (" ↑", "dim")))
+        else:
+            branch = tree.add(_label(graph.nodes[other]))
             _grow(branch, graph, other, direction, depth - 1, seen)
 
 
-def _label(node: Node) -> Text:
+def _label(node: Node, *, short: bool = False) -> Text:
     from rich.text import Text
 
     from mlops_ray.metadata.drawing import describe_output
@@ -158,7 +158,7 @@ def _label(node: Node) -> Text:
     style = _STYLES[node.kind]
     if node.kind != "step":
         return Text.assemble((f"{node.kind} ", "dim"), (node.name, style))
-    label = Text.assemble((node.name, style), (f"  {node.detail['run']}", "dim"))
-    if "output" in node.detail:
-        label.append(f"  → {describe_output(node.detail['output'])}", "yellow")
+    label = Text.assemble((node.name, style), (f" {node.detail['run']}", "dim"))
+    if "output" in node.detail and not short:
+        label.append(f" → {describe_output(node.detail['output'])}", "yellow")
     return label

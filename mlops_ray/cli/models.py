@@ -65,9 +65,35 @@ def show(reference: str, as_json: bool) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for path, value in _flat(described):
+    for path, value in [*_flat(described), *_further(described)]:
         table.add_row(path, value)
     Console().print(table)
+
+
+def _further(described: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return whether a version was made again, and the commands that tell more of it."""
+    from mlops_ray.metadata.access import open_ledger
+
+    name = f"{described['name']}@{described['version']}"
+    ledger = open_ledger(Home(default_home()))
+    try:
+        events = ledger.events(kind="reproduced", run_id=described["lineage"]["parent_run"])
+    finally:
+        ledger.close()
+    ours = [
+        event
+        for event in events
+        if (event.data["model"], event.data["version"]) == (described["name"], described["version"])
+    ]
+    said = "never tried"
+    if ours:
+        found = "identical" if ours[-1].data["identical"] else "not identical"
+        said = f"{found}, {ours[-1].at:%Y-%m-%d %H:%M}"
+    return [
+        ("reproduced", said),
+        ("to make it again", f"mlops-ray reproduce {name}"),
+        ("what it came of", f"mlops-ray lineage {name} --up"),
+    ]
 
 
 def _registry() -> Registry:

@@ -32,6 +32,7 @@ from mlops_ray.orchestration.triggers import (
     after_failure,
     arguments,
     firing_of,
+    has_begun,
     is_by_hand,
     plan,
     reason_of,
@@ -42,7 +43,7 @@ LEASE = "triggers/{project}"
 LEASE_TTL_S = 20.0
 
 _RENEW_EVERY_S = 4.0
-_LOOK_EVERY_S = 5.0
+_LOOK_EVERY_S = 3.0
 _MOST_AT_ONCE = 10_000
 
 
@@ -215,7 +216,7 @@ class Dispatcher:
 
     def _ended(self, firing: Firing, outcome: JobOutcome) -> None:
         trigger = self._triggers.get(firing.trigger)
-        told = {"message": outcome.message, "log": outcome.log}
+        told = {"message": outcome.message.partition("\n")[0], "log": outcome.log}
         data = firing.data | {name: text for name, text in told.items() if text}
         if outcome.status == "succeeded":
             self._change(firing, status="succeeded")
@@ -229,15 +230,19 @@ class Dispatcher:
             self._change(firing, **after_failure(trigger, failed, self._clock(), lost=lost))
 
     def _act(self) -> None:
+        """Start, skip and stop what is due, of several triggers the longest waiting first."""
+        found = [*self._firings("due"), *self._firings("submitted")]
         open_firings: dict[str, list[Firing]] = defaultdict(list)
-        for firing in [*self._firings("due"), *self._firings("submitted")]:
+        for firing in sorted(found, key=lambda firing: firing.at):
             open_firings[firing.trigger].append(firing)
+        begun = {firing.trigger for firing in found if has_begun(firing)}
         for name, firings in open_firings.items():
             with self._trouble(name):
-                for action in self._plan(name, firings):
+                for action in self._plan(name, firings, begun - {name}):
+                    begun |= {name} if action.kind == "submit" else set()
                     self._do(name, action)
 
-    def _plan(self, name: str, firings: list[Firing]) -> list[Action]:
+    def _plan(self, name: str, firings: list[Firing], begun: set[str]) -> list[Action]:
         trigger = self._triggers.get(name)
         if trigger is None:
             gone = [firing for firing in firings if firing.status == "due"]
@@ -249,7 +254,14 @@ class Dispatcher:
             now=self._clock(),
             last_start=self._last_start(name) if trigger.min_interval else None,
             paused=is_paused(self._ledger, self._name, name, trigger),
+            busy=any(self._run_the_same(trigger, other) for other in begun),
         )
+
+    def _run_the_same(self, trigger: Trigger, name: str) -> bool:
+        other = self._triggers.get(name)
+        if other is None or trigger.makes_runs_of_its_own or other.makes_runs_of_its_own:
+            return False
+        return (trigger.workflow, trigger.overrides) == (other.workflow, other.overrides)
 
     def _last_start(self, name: str) -> datetime | None:
         recent = self._ledger.firings(project=self._name, trigger=name)

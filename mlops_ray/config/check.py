@@ -35,20 +35,27 @@ class Findings:
     warnings: list[Problem] = field(default_factory=list)
 
 
-Declare = Callable[[str, dict[str, Any]], tuple[dict[str, Any], dict[str, Origin]]]
-"""Makes a workflow's values, and their origins, from the dotted name of its declaration in Python and
-the composed configuration."""
+Declared = tuple[dict[str, Any], dict[str, Origin]]
+"""A workflow that was declared in Python: its values, and the origin of each dotted path."""
+
+Declare = Callable[[str, dict[str, Any]], Declared]
+"""Makes a workflow of the dotted name of its declaration in Python and the composed configuration."""
 
 WorkflowCheck = Callable[[Workflow, tuple[str, ...]], Findings]
 """Checks a workflow given the packages that dotted names may point into; see ``orchestration``."""
 
 
 def check_project(
-    workspace: Workspace, overrides: list[str], check_workflow: WorkflowCheck, declare: Declare
+    workspace: Workspace,
+    overrides: list[str],
+    check_workflow: WorkflowCheck,
+    declare: Declare,
+    given: Declared | None = None,
 ) -> tuple[Project, list[Problem]]:
     """Compose and check a project; return it with warnings.
 
-    A workflow that says ``declared_by: package.module.name`` is taken from there.
+    A workflow that says ``declared_by: package.module.name`` is taken from there; one that is
+    ``given`` takes the place of the configured one.
 
     Raises:
         ConfigError: With every problem found: unknown keys, wrong types and values, dotted names
@@ -60,11 +67,14 @@ def check_project(
     if values.get("home") is None:
         values["home"] = str(default_home())
     workspace.import_roots()
-    composed = _with_declared(composed, declare)
+    given = given or _declared(composed, declare)
+    if given is not None:
+        values = {**composed.values, "workflow": given[0]}
+        composed = replace(composed, values=values, origins={**composed.origins, **given[1]})
     problems = [*_target_problems(composed), *_call_problems(composed)]
     project = None
     try:
-        project = Project.model_validate(values)
+        project = Project.model_validate(composed.values)
     except ValidationError as error:
         problems += _schema_problems(error, composed)
     if project is not None:
@@ -78,12 +88,12 @@ def check_project(
     return project, found.warnings
 
 
-def _with_declared(composed: Composed, declare: Declare) -> Composed:
-    """Put in the workflow that is declared in Python, where the configuration names one."""
+def _declared(composed: Composed, declare: Declare) -> Declared | None:
+    """Return the workflow that is declared in Python, where the configuration names one."""
     values, path = composed.values, "workflow.declared_by"
     given = values.get("workflow")
     if not isinstance(given, dict) or "declared_by" not in given:
-        return composed
+        return None
     target, packages = str(given["declared_by"]), allowed_packages(values)
     others = sorted(set(given) - {"declared_by"})
     what = hint = ""
@@ -94,9 +104,7 @@ def _with_declared(composed: Composed, declare: Declare) -> Composed:
         hint = f"Allowed are: {', '.join(packages)}. Add its package to 'allow' to trust it."
     if what:
         raise ConfigError([Problem(path, what, *composed.origin(path), hint)])
-    workflow, origins = declare(target, values)
-    merged = {**composed.origins, **origins}
-    return replace(composed, values={**values, "workflow": workflow}, origins=merged)
+    return declare(target, values)
 
 
 def check_declared(composed: Composed, check_workflow: WorkflowCheck) -> None:

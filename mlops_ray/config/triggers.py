@@ -100,7 +100,7 @@ class Trigger(Frozen):
 
     ``overlap`` says what becomes of a firing while an earlier one's job is not over: ``skip`` it,
     ``queue`` it, ``cancel`` the earlier, or ``allow`` both. None: ``skip`` for schedules, else
-    ``queue``. With ``debounce`` a firing waits until nothing new came for so long; with
+    ``queue``. Firings of different triggers that run the same wait for each other. With ``debounce`` a firing waits until nothing new came for so long; with
     ``min_interval`` it waits until so long after the last start; of those that wait, the newest goes.
 
     A job that fails is tried ``retries`` times more; each goes on from the run's finished steps.
@@ -144,6 +144,11 @@ class Trigger(Frozen):
             raise ValueError("timezone, catch_up and jitter are for triggers with cron")
         if self.catch_up == "all" and self.when_busy in ("skip", "cancel"):
             raise ValueError("catch_up: all needs overlap: queue or allow, else most would be lost")
+        if self.overlap == "allow" and not self.makes_runs_of_its_own:
+            raise ValueError(
+                "overlap: allow needs an override that differs each time, such as until={at}: "
+                "of two runs of the same configuration only one can be under way"
+            )
         return self
 
     @property
@@ -155,6 +160,11 @@ class Trigger(Frozen):
     def when_busy(self) -> str:
         """What becomes of a firing while an earlier one's job is not over."""
         return self.overlap or ("skip" if self.cron else "queue")
+
+    @property
+    def makes_runs_of_its_own(self) -> bool:
+        """Whether no two of its firings run the same configuration."""
+        return any(MOMENT in text for text in self.overrides)
 
     @property
     def bounds(self) -> dict[str, float]:

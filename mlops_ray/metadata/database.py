@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -11,10 +12,11 @@ from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
-from mlops_ray.errors import LedgerError
+from mlops_ray.metadata.engines import make_engine
 from mlops_ray.metadata.migration import ensure_tables
 from mlops_ray.metadata.operations import Request, forget_requests, perform
 from mlops_ray.metadata.queries import QUERIES
+from mlops_ray.metadata.refusals import explained, is_lost
 
 PATIENCE_S = 30.0
 """How long to wait for a lock, or for a server that is away."""
@@ -22,13 +24,6 @@ PATIENCE_S = 30.0
 _OPENING_PATIENCE_S = 5.0
 _REQUESTS_BETWEEN_CLEANINGS = 1000
 _LONGEST_PAUSE_S = 0.5
-_TAKEN = "23505"
-_LOST = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "25P03"})
-"""SQLSTATEs of transactions that were rolled back through no fault of theirs."""
-
-_REFUSED = ("authentication failed", "does not exist", "no pg_hba.conf entry", "permission denied")
-"""What a server says, without a SQLSTATE, to those whom it does not let in."""
-
 _Result = TypeVar("_Result")
 
 
@@ -64,13 +59,17 @@ class Database:
         parsed = sa.make_url(url)
         self._where = parsed.render_as_string(hide_password=True)
         self._is_server = parsed.get_backend_name() == "postgresql"
-        patience = min(patience_s, _OPENING_PATIENCE_S) if self._is_server else patience_s
+        self._create = create
+        is_file = not self._is_server and parsed.database
+        self._path = Path(parsed.database or "") if is_file else None
+        self._file: tuple[int, int] | None = None
         try:
-            self._engine = _engine(parsed, patience_s, create)
-            self._writes = self._engine.execution_options(writes=True)
-            self._patiently(lambda _again: ensure_tables(self._engine), patience)
-        except (OSError, ImportError) as error:
+            self._engine = make_engine(parsed, patience_s)
+        except ImportError as error:
             raise explained(error, self._where) from error
+        self._writes = self._engine.execution_options(writes=True)
+        patience = min(patience_s, _OPENING_PATIENCE_S) if self._is_server else patience_s
+        self._patiently(lambda _again: self._open(), patience)
 
     def write(self, operation: str, *arguments: Any) -> Any:
         """Do an operation in one transaction; on return it is durable.
@@ -109,7 +108,34 @@ class Database:
         """Close all connections."""
         self._engine.dispose()
 
+    def _open(self) -> None:
+        if self._path is not None:
+            if not self._create and not self._path.is_file():
+                raise FileNotFoundError(f"{self._path} is not on this machine")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        ensure_tables(self._engine)
+        self._file = self._identity()
+
+    def _follow_file(self) -> None:
+        """Open anew where the file was removed or replaced: what is written to one that has no name
+        any more is lost.
+        """
+        if self._path is None or self._identity() == self._file:
+            return
+        with self._writing:
+            if self._identity() != self._file:
+                self._engine.dispose()
+                self._open()
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._path) if self._path is not None else None
+        except FileNotFoundError:
+            found = None
+        return (found.st_dev, found.st_ino) if found is not None else None
+
     def _perform(self, requests: Sequence[Request]) -> list[Any]:
+        self._follow_file()
         # SQLite lets one writer in; threads that wait here are let in sooner than by its polling.
         with self._writing, self._writes.begin() as connection:
             replies = [perform(connection, request) for request in requests]
@@ -120,6 +146,7 @@ class Database:
             return replies
 
     def _select(self, query: Any) -> list[dict[str, Any]]:
+        self._follow_file()
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
@@ -131,8 +158,10 @@ class Database:
         while True:
             try:
                 return work(again)
+            except OSError as error:
+                raise explained(error, self._where) from error
             except sa.exc.SQLAlchemyError as error:
-                if not _is_lost(error) or time.monotonic() > deadline:
+                if not is_lost(error) or time.monotonic() > deadline:
                     raise explained(error, self._where) from error
             again = True
             time.sleep(pause)
@@ -141,143 +170,3 @@ class Database:
     def _own(self, error: Exception) -> Exception:
         known = isinstance(error, sa.exc.SQLAlchemyError | OSError)
         return explained(error, self._where) if known else error
-
-
-def explained(error: Exception, where: str) -> LedgerError:
-    """Say in words what the database refuses, and what to do about it."""
-    cause = getattr(error, "orig", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    code = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or ""
-    what, fix = _advice(code, cause)
-    return LedgerError(what, where=where, why=lines[0], fix=fix)
-
-
-_LOCKED_OUT = (
-    "the ledger's database server does not let us in",
-    "check user, password and database in MLOPS_RAY_LEDGER",
-)
-_ADVICE: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (
-        ("SQLITE_BUSY", "SQLITE_LOCKED", "55P03"),
-        "the ledger is locked by another process",
-        "find who has the file open (fuser on it), end that process or wait for it, and run the "
-        "same command again",
-    ),
-    (
-        ("SQLITE_FULL", "SQLITE_IOERR", "53100", "58030"),
-        "the ledger cannot be written to its disk",
-        "free some space or check the disk, then run the same command again: what was written "
-        "before is there",
-    ),
-    (
-        ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "25006"),
-        "the ledger cannot be opened for writing",
-        "make its folder and file writable for this user, or set MLOPS_RAY_HOME to another folder",
-    ),
-    (
-        ("SQLITE_CORRUPT", "SQLITE_NOTADB"),
-        "the ledger's file is damaged, or is no ledger",
-        "put a copy of it back, or save what is left with `sqlite3 ledger.db .recover`; to begin "
-        "anew, set MLOPS_RAY_HOME to another folder",
-    ),
-    (("28", "3D000", "42501"), *_LOCKED_OUT),
-)
-
-
-def _advice(code: str, cause: Exception) -> tuple[str, str]:
-    for codes, what, fix in _ADVICE:
-        if code and code.startswith(codes):
-            return what, fix
-    if isinstance(cause, ImportError):
-        return "the ledger's database needs a driver", "pip install 'mlops-ray[postgres]'"
-    if isinstance(cause, OSError):
-        return (
-            "the ledger's folder cannot be used",
-            "make it writable for this user, or set MLOPS_RAY_HOME to another folder",
-        )
-    if type(cause).__module__.startswith("psycopg") and not code:
-        return (
-            _LOCKED_OUT
-            if _is_refused(cause)
-            else (
-                "the ledger's database server cannot be reached",
-                "check that it runs and that MLOPS_RAY_LEDGER names it, then run the same command again",
-            )
-        )
-    return "the ledger's database refuses", "see why; the rest of the ledger is unharmed"
-
-
-def _is_lost(error: Exception) -> bool:
-    """Say whether a server went away, or undid a transaction that can be tried again."""
-    cause = getattr(error, "orig", None)
-    if cause is None or not type(cause).__module__.startswith("psycopg"):
-        return False
-    code = getattr(cause, "sqlstate", None)
-    if code == _TAKEN:
-        # The same request, sent over a connection that broke, was being committed meanwhile.
-        return "requests_pkey" in str(cause)
-    if code is not None:
-        return code in _LOST or code.startswith("08")
-    is_operational = any(base.__name__ == "OperationalError" for base in type(cause).__mro__)
-    return is_operational and not _is_refused(cause)
-
-
-def _is_refused(cause: BaseException) -> bool:
-    return any(text in str(cause) for text in _REFUSED)
-
-
-def _engine(url: sa.URL, patience_s: float, create: bool) -> sa.Engine:
-    if url.get_backend_name() == "sqlite":
-        return _sqlite_engine(url, patience_s, create)
-    milliseconds = int(patience_s * 1000)
-    # A process that is stopped within a transaction must not hold its locks for ever.
-    options = f"-c lock_timeout={milliseconds} -c idle_in_transaction_session_timeout=60000"
-    return sa.create_engine(
-        url.set(drivername="postgresql+psycopg"),
-        pool_pre_ping=True,
-        connect_args={"connect_timeout": 10, "options": options, "application_name": "mlops-ray"},
-    )
-
-
-def _sqlite_engine(url: sa.URL, patience_s: float, create: bool) -> sa.Engine:
-    engine = sa.create_engine(url, connect_args={"timeout": patience_s})
-    if url.database:
-        path = Path(url.database)
-        if not create and not path.is_file():
-            raise FileNotFoundError(f"{path} is not on this machine")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    sa.event.listen(engine, "connect", _configure_sqlite)
-    sa.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    # A transaction that reads before it writes must have the write lock from the start: taking it
-    # later fails at once, without waiting, where another process has written in between.
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _configure_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-        _set_wal(cursor)
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
-
-
-def _set_wal(cursor: Any) -> None:
-    # Of processes that change the mode at once, all but one may be told at once that it is locked,
-    # without the wait that other statements have.
-    import sqlite3
-
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            cursor.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from html import escape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from mlops_ray.metadata.layout import Layout, arrange
@@ -13,8 +13,8 @@ from mlops_ray.metadata.lineage import Lineage, Node
 _CARD_WIDTH = 176.0
 _CARD_HEIGHT = 42.0
 _OUTPUT_HEIGHT = 18.0
-_GAP_X = 72.0
-_GAP_Y = 16.0
+_GAP_X = 20.0
+_GAP_Y = 44.0
 _MARGIN = 32.0
 _TOP = 92.0
 _LEAST_WIDTH = 700.0
@@ -58,7 +58,7 @@ def draw(
     starts: Collection[str] = (),
     addresses: Mapping[str, str] | None = None,
 ) -> str:
-    """Return an SVG document: what was used on the left, what came of it on the right.
+    """Return an SVG document: what was used stands above what came of it.
 
     The same lineage gives the same bytes. Pointing at a node shows what is known of it.
 
@@ -68,25 +68,41 @@ def draw(
         starts: Nodes to emphasise.
         addresses: Where a click on a node leads, by its id.
     """
-    heights = {name: _height(node) + _GAP_Y for name, node in lineage.nodes.items()}
-    layout = arrange(lineage.nodes, lineage.edges, heights)
+    room = dict.fromkeys(lineage.nodes, _CARD_WIDTH + _GAP_X)
+    layout = arrange(lineage.nodes, lineage.edges, room)
+    tops = _tops(lineage, layout)
     parts = [
-        *(_edge(lineage.nodes, layout, edge) for edge in sorted(layout.routes)),
+        *(_edge(lineage.nodes, layout, tops, edge) for edge in sorted(layout.routes)),
         *(
-            _node(node, layout.places[name], name in starts, (addresses or {}).get(name))
+            _node(node, _corner(layout, tops, name), name in starts, (addresses or {}).get(name))
             for name, node in sorted(lineage.nodes.items())
         ),
     ]
-    width = 2 * _MARGIN + layout.layers * (_CARD_WIDTH + _GAP_X) - _GAP_X
-    return _document(title, lineage, parts, max(width, _LEAST_WIDTH), layout.height)
+    width = max(2 * _MARGIN + layout.extent - _GAP_X, _LEAST_WIDTH)
+    return _document(title, lineage, parts, width, tops[-1] - _GAP_Y + _MARGIN)
 
 
-def _document(
-    title: str, lineage: Lineage, parts: list[str], width: float, layout_height: float
-) -> str:
-    height = _TOP + layout_height + _MARGIN
+def _tops(lineage: Lineage, layout: Layout) -> list[float]:
+    """Return where each layer begins, and where one more would."""
+    heights = [0.0] * layout.layers
+    for name, node in lineage.nodes.items():
+        layer = layout.places[name][0]
+        heights[layer] = max(heights[layer], _height(node))
+    return list(accumulate((height + _GAP_Y for height in heights), initial=_TOP))
+
+
+def _corner(layout: Layout, tops: list[float], name: str) -> tuple[float, float]:
+    layer, middle = layout.places[name]
+    return _across(middle) - _CARD_WIDTH / 2, tops[layer]
+
+
+def _across(place: float) -> float:
+    return _MARGIN - _GAP_X / 2 + place
+
+
+def _document(title: str, lineage: Lineage, parts: list[str], width: float, height: float) -> str:
     count = (
-        f"{len(lineage.nodes)} nodes, {len(lineage.edges)} edges; each made from those on its left"
+        f"{len(lineage.nodes)} nodes, {len(lineage.edges)} edges; what is above made what is below"
     )
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
@@ -118,9 +134,9 @@ def _legend(lineage: Lineage) -> str:
     return "".join(parts)
 
 
-def _node(node: Node, place: tuple[int, float], start: bool, address: str | None) -> str:
+def _node(node: Node, corner: tuple[float, float], start: bool, address: str | None) -> str:
     height = _height(node)
-    x, top = _left(place[0]), _TOP + place[1] - height / 2
+    x, top = corner
     body = [
         f'<rect class="card" width="{_CARD_WIDTH:g}" height="{height:g}" rx="7"/>',
         f'<path class="bar" d="M7 0H5A5 5 0 0 0 0 5V{height - 5:g}A5 5 0 0 0 5 {height:g}H7Z"/>',
@@ -132,7 +148,7 @@ def _node(node: Node, place: tuple[int, float], start: bool, address: str | None
     told = escape("\n".join([node.id, *_lines(node.detail)]))
     group = (
         f'<g class="node {node.kind}{" start" if start else ""}" '
-        f'transform="translate({x:g} {top:.1f})"><title>{told}</title>{"".join(body)}</g>'
+        f'transform="translate({x:.1f} {top:.1f})"><title>{told}</title>{"".join(body)}</g>'
     )
     return f'<a href="{escape(address)}">{group}</a>' if address else group
 
@@ -147,21 +163,22 @@ def _strip(output: Mapping[str, Any], height: float) -> str:
     )
 
 
-def _edge(nodes: Mapping[str, Node], layout: Layout, edge: tuple[str, str]) -> str:
-    """Draw a smooth line from the right side of one card to the left side of another."""
+def _edge(
+    nodes: Mapping[str, Node], layout: Layout, tops: list[float], edge: tuple[str, str]
+) -> str:
+    """Draw a smooth line from the foot of one card to the head of another."""
     route = layout.routes[edge]
-    (first, first_y), (last, last_y) = route[0], route[-1]
-    if last < first:
-        points = [(_left(first), first_y), (_left(last) + _CARD_WIDTH, last_y)]
-    else:
-        points = [(_left(first) + _CARD_WIDTH, first_y)]
-        for layer, y in route[1:-1]:
-            points += [(_left(layer), y), (_left(layer) + _CARD_WIDTH, y)]
-        points.append((_left(last), last_y))
-    path = f"M{points[0][0]:g} {_TOP + points[0][1]:.1f}"
+    (first, x), (last, to_x) = route[0], route[-1]
+    foot = tops[first] + _height(nodes[edge[0]])
+    points = [(_across(x), foot)]
+    if first < last:
+        for layer, bend in route[1:-1]:
+            points += [(_across(bend), tops[layer]), (_across(bend), tops[layer + 1] - _GAP_Y)]
+    points.append((_across(to_x), tops[last]))
+    path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
     for (x, y), (to_x, to_y) in pairwise(points):
-        half = (x + to_x) / 2
-        path += f"C{half:g} {_TOP + y:.1f} {half:g} {_TOP + to_y:.1f} {to_x:g} {_TOP + to_y:.1f}"
+        half = (y + to_y) / 2
+        path += f"C{x:.1f} {half:.1f} {to_x:.1f} {half:.1f} {to_x:.1f} {to_y:.1f}"
     told = f"{nodes[edge[0]].name} → {nodes[edge[1]].name}"
     return (
         f'<path class="edge" d="{path}" marker-end="url(#tip)"><title>{escape(told)}</title></path>'
@@ -170,10 +187,6 @@ def _edge(nodes: Mapping[str, Node], layout: Layout, edge: tuple[str, str]) -> s
 
 def _height(node: Node) -> float:
     return _CARD_HEIGHT + (_OUTPUT_HEIGHT if "output" in node.detail else 0.0)
-
-
-def _left(layer: int) -> float:
-    return _MARGIN + layer * (_CARD_WIDTH + _GAP_X)
 
 
 def _subtitle(node: Node) -> str:

@@ -1,4 +1,4 @@
-"""Where to draw the nodes of a directed graph: in layers from left to right, with few crossings.
+"""Where to draw the nodes of a directed graph: in layers, one after the other, with few crossings.
 
 After Sugiyama, Tagawa, Toda (1981): layers by the longest path, an order inside each layer by the
 barycentre of the neighbours, then places that keep edges straight.
@@ -15,27 +15,30 @@ from itertools import pairwise
 Edge = tuple[str, str]
 
 _SWEEPS = 12
-_BEND_HEIGHT = 14.0
+_BEND_ROOM = 14.0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Middles of nodes (layer, y) and, for each edge, of all that it passes, both ends included."""
+    """Middles of nodes (layer, place in it) and, for each edge, of all that it passes, with its ends.
+
+    ``extent`` is how long the longest layer is.
+    """
 
     places: Mapping[str, tuple[int, float]]
     routes: Mapping[Edge, tuple[tuple[int, float], ...]]
     layers: int
-    height: float
+    extent: float
 
 
-def arrange(nodes: Iterable[str], edges: Iterable[Edge], heights: Mapping[str, float]) -> Layout:
+def arrange(nodes: Iterable[str], edges: Iterable[Edge], room: Mapping[str, float]) -> Layout:
     """Place a graph. The same graph gets the same places; nodes of a layer never overlap.
 
     Args:
         nodes: The nodes.
-        edges: From left to right. One that would close a cycle is drawn backwards; one from a node to
-            itself has no route.
-        heights: How much room each node takes in its layer, margins included.
+        edges: From earlier layers to later ones. One that would close a cycle is drawn backwards; one
+            from a node to itself has no route.
+        room: How much each node takes in its layer, margins included.
     """
     names, wanted = sorted(nodes), sorted({(a, b) for a, b in edges if a != b})
     backward = _backward(names, wanted)
@@ -44,16 +47,16 @@ def arrange(nodes: Iterable[str], edges: Iterable[Edge], heights: Mapping[str, f
     routes = {edge: _route(*forward[edge], layer) for edge in wanted}
     order, links = _with_bends(layer, sorted(set(routes.values())))
     _untangle(order, links)
-    room = defaultdict(lambda: _BEND_HEIGHT, heights)
-    y = _straighten(order, links, room)
-    places = {name: (layer[name], y[name]) for name in names}
+    room = defaultdict(lambda: _BEND_ROOM, room)
+    place = _straighten(order, links, room)
+    places = {name: (layer[name], place[name]) for name in names}
     index = {name: number for number, names_ in enumerate(order) for name in names_}
     paths = {
-        edge: tuple((index[n], y[n]) for n in (route if forward[edge] == edge else route[::-1]))
+        edge: tuple((index[n], place[n]) for n in (route if forward[edge] == edge else route[::-1]))
         for edge, route in routes.items()
     }
-    height = max((y[n] + room[n] / 2 for row in order for n in row), default=0.0)
-    return Layout(places, paths, len(order), height)
+    extent = max((place[n] + room[n] / 2 for row in order for n in row), default=0.0)
+    return Layout(places, paths, len(order), extent)
 
 
 def crossings(order: Sequence[Sequence[str]], links: Iterable[Edge]) -> int:
@@ -177,24 +180,24 @@ def _straighten(
 ) -> dict[str, float]:
     """Move nodes towards the middle of their neighbours without changing any order."""
     left, right = _sides(links)
-    y: dict[str, float] = {}
+    place: dict[str, float] = {}
     for layer in order:
         total = 0.0
         for name in layer:
-            y[name] = total + room[name] / 2
+            place[name] = total + room[name] / 2
             total += room[name]
     for sweep in range(2 * _SWEEPS):
         rightward = sweep % 2 == 0
         sides = (left, right) if sweep >= 2 * _SWEEPS - 4 else (left if rightward else right,)
         for layer in order if rightward else reversed(order):
-            _settle(layer, y, sides, room)
-    top = min((y[name] - room[name] / 2 for layer in order for name in layer), default=0.0)
-    return {name: value - top for name, value in y.items()}
+            _settle(layer, place, sides, room)
+    top = min((place[name] - room[name] / 2 for layer in order for name in layer), default=0.0)
+    return {name: value - top for name, value in place.items()}
 
 
 def _settle(
     layer: list[str],
-    y: dict[str, float],
+    place: dict[str, float],
     sides: Sequence[Mapping[str, list[str]]],
     room: Mapping[str, float],
 ) -> None:
@@ -208,15 +211,15 @@ def _settle(
     for name in layer:
         offsets.append(total + room[name] / 2)
         total += room[name]
-        found = [y[other] for side in sides for other in side.get(name, ())]
-        wish = sum(found) / len(found) if found else y[name]
+        found = [place[other] for side in sides for other in side.get(name, ())]
+        wish = sum(found) / len(found) if found else place[name]
         pools.append((wish - offsets[-1], 1))
         while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
             (a, n), (b, m) = pools[-2], pools[-1]
             pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
     shifts = [shift for shift, count in pools for _ in range(count)]
     for name, offset, shift in zip(layer, offsets, shifts, strict=True):
-        y[name] = offset + shift
+        place[name] = offset + shift
 
 
 def _sides(links: Iterable[Edge]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

@@ -45,9 +45,15 @@ class Ledger:
         """Record a new run whose steps are all pending."""
         self._backend.write("start_run", encode(record), list(steps))
 
-    def resume_run(self, run_id: str, owner: str, provenance: dict[str, Any]) -> None:
-        """Make a run that is over, or whose owner is gone, ``owner``'s: running again."""
-        self._backend.write("resume_run", run_id, owner, cell(provenance))
+    def resume_run(
+        self, run_id: str, owner: str, provenance: dict[str, Any], *, fence: Lease | None = None
+    ) -> None:
+        """Make a run that is over, or whose owner is gone, ``owner``'s: running again.
+
+        Raises:
+            LeaseError: The fence is no longer ours.
+        """
+        self._backend.write("resume_run", run_id, owner, cell(provenance), _fence(fence))
 
     def finish_run(self, run_id: str, status: RunStatus, *, fence: Lease | None = None) -> None:
         """Set a run's status and its end.

@@ -12,7 +12,8 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from mlops_ray.errors import ArtifactError
@@ -37,6 +38,7 @@ _PARENT_TAG = "mlflow.parentRunId"
 _CONTEXT_TAG = "mlflow.data.context"
 _THREADS = 4
 _PER_BATCH = 100
+_MOST_METRICS = 500
 _PAGE = 1000
 
 
@@ -68,6 +70,7 @@ class _Mirror:
     home: Home
     ledger: Any
     artifacts: ArtifactStore
+    datasets: Lock = field(default_factory=Lock)
 
     def write(self, run: RunRecord) -> None:
         """Make MLflow show this run as it is, whatever it shows of it now."""
@@ -86,7 +89,14 @@ class _Mirror:
 
         # A file of SQLite takes one writer at a time.
         with ThreadPoolExecutor(_THREADS if self.home.storage.tracking else 1) as pool:
-            list(pool.map(write_step, shown))
+            futures = [pool.submit(write_step, one) for one in shown]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                # Where MLflow is down, the others would wait for it in turn.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         if not complete:
             self.client.log_dict(parent, run.config, "config.json")
             self._fill(parent, whole)
@@ -139,15 +149,22 @@ class _Mirror:
         from mlflow.entities import Metric, Param, RunTag
 
         if shown.datasets:
-            self.client.log_inputs(run_id, [_dataset_input(one) for one in shown.datasets])
+            inputs = [_dataset_input(one) for one in shown.datasets]
+            # MLflow fails where two requests bring the same new dataset at the same time.
+            with self.datasets:
+                self.client.log_inputs(run_id, inputs)
         params = [Param(name, value) for name, value in shown.params.items()]
-        for start in range(0, len(params), _PER_BATCH):
-            self.client.log_batch(run_id, params=params[start : start + _PER_BATCH])
+        while len(params) > _PER_BATCH:
+            self.client.log_batch(run_id, params=params[:_PER_BATCH])
+            del params[:_PER_BATCH]
         self.client.set_terminated(run_id, shown.status, shown.ended_ms)
         metrics = [Metric(name, v, shown.ended_ms, 0) for name, v in shown.metrics.items()]
         tags = shown.tags | {STATE_TAG: shown.state, DONE_TAG: "yes"}
         self.client.log_batch(
-            run_id, metrics=metrics[:500], tags=[RunTag(name, v) for name, v in tags.items()]
+            run_id,
+            metrics=metrics[:_MOST_METRICS],
+            params=params,
+            tags=[RunTag(name, v) for name, v in tags.items()],
         )
 
     def _remove_doubles(self, experiment: str, run_id: str, wanted: set[str]) -> None:

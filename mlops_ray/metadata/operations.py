@@ -83,8 +83,11 @@ def start_run(connection: sa.Connection, run: dict[str, Any], names: Sequence[st
         connection.execute(STEPS.insert(), rows)
 
 
-def resume_run(connection: sa.Connection, run_id: str, owner: str, provenance: str) -> None:
+def resume_run(
+    connection: sa.Connection, run_id: str, owner: str, provenance: str, fence: Fence | None
+) -> None:
     """Make a run ``owner``'s: running again."""
+    _enforce(connection, fence)
     values = {"status": "running", "owner": owner, "ended_at": None, "provenance": provenance}
     connection.execute(RUNS.update().where(RUNS.c.run_id == run_id).values(**values))
 

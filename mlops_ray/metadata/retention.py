@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.blobs import GRACE, Blob
 from mlops_ray.metadata.ledger import Ledger
@@ -19,6 +21,7 @@ UNPINNED = "unpinned"
 Origins = Mapping[str, str | None]
 """Model versions (``flights@7``) and the runs that registered them, where they are known."""
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _ALL = 1_000_000_000
 
 
@@ -188,8 +191,10 @@ def make_plan(
     # First what is stored: what is written after this is not looked at.
     blobs = list(artifacts.blobs.blobs())
     memories = recall(ledger)
-    kept = needed(memories, policy, now, pins=pins_of(ledger), registered=registered)
-    needs: dict[str, str] = {}
+    pins = pins_of(ledger)
+    kept = needed(memories, policy, now, pins=pins, registered=registered)
+    # No run may name what a person has pinned.
+    needs = {digest: "it is pinned" for pin in pins for digest in (pin, *_members(artifacts, pin))}
     for ref, reason in kept.values():
         for digest in artifacts.needs(ref):
             needs.setdefault(digest, reason)
@@ -222,8 +227,17 @@ def collect(artifacts: ArtifactStore, plan: Iterable[Verdict], grace: timedelta)
 
 
 def pin(ledger: Ledger, thing: str, *, remove: bool = False) -> None:
-    """Pin a run (all that its steps made) or an artifact by its digest; or remove such a pin."""
+    """Pin a run (all that its steps made) or an artifact by its digest; or remove such a pin.
+
+    Raises:
+        MlopsRayError: It is neither.
+    """
     run = ledger.run(thing)
+    if run is None and not _DIGEST.fullmatch(thing):
+        raise MlopsRayError(
+            f"{thing!r} is neither a run nor the digest of an artifact",
+            fix="list runs with `mlops-ray status`, artifacts with `mlops-ray gc --dry-run --json`",
+        )
     kind = UNPINNED if remove else PINNED
     event = NewEvent(project=run.project if run else "", kind=kind, data={"thing": thing})
     ledger.apply([event])
@@ -288,6 +302,10 @@ def _sources(value: Any) -> Iterator[tuple[str, str | None]]:
 def _key_parts(ledger: Ledger, steps: Iterable[StepRecord]) -> dict[str, Mapping[str, Any]]:
     found = {step.key: ledger.key_parts(step.key) for step in steps if step.key}
     return {key: parts for key, parts in found.items() if parts is not None}
+
+
+def _members(artifacts: ArtifactStore, digest: str) -> list[str]:
+    return artifacts.blobs.members(digest) if _DIGEST.fullmatch(digest) else []
 
 
 def _newest(memories: Iterable[Memory], count: int) -> set[str]:

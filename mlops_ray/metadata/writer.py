@@ -17,7 +17,14 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import ActorHandleNotFoundError, GetTimeoutError, RayActorError
+import sqlalchemy as sa
+from ray.exceptions import (
+    ActorHandleNotFoundError,
+    GetTimeoutError,
+    RayActorError,
+    RaySystemError,
+    RpcError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlops_ray.errors import LedgerError
@@ -31,6 +38,7 @@ _PROTOCOL = 1
 
 _CALLS_AT_ONCE = 32
 _MOST_IN_ONE_COMMIT = 64
+_AWAY = (RayActorError, GetTimeoutError, ActorHandleNotFoundError, RaySystemError, RpcError)
 _ANSWER_S = 2 * PATIENCE_S
 _LONGEST_PAUSE_S = 0.5
 
@@ -55,6 +63,11 @@ class Writer:
     def pid(self) -> int:
         """Return its process."""
         return os.getpid()
+
+    def place(self) -> tuple[str, int]:
+        """Return the node and the number of the file there: who has the same may read it himself."""
+        self._open()
+        return ray.get_runtime_context().get_node_id(), _file_number(self._url)
 
     def write(self, request: Request) -> Any:
         """Do an operation; return its reply, or the error as a value."""
@@ -93,7 +106,8 @@ class Writer:
 class RemoteDatabase:
     """A database behind the cluster's writer. Calls wait while the writer is being restarted.
 
-    The process that starts the writer goes on by itself until the writer answers; so does one whose
+    Processes on the writer's node read the file themselves: readers do not disturb SQLite. The
+    process that starts the writer also writes by itself until the writer answers; so does one whose
     connection to Ray has ended.
 
     Args:
@@ -104,8 +118,10 @@ class RemoteDatabase:
         self._url = url
         self._name = f"ledger/{_short(f'{url} {REVISION} {_PROTOCOL}')}"
         self._lock = threading.Lock()
-        self._own: Database | None = None
-        self.actor = self._find()
+        self._alone: Database | None = None
+        self._reader: Database | None = None
+        self._met = False
+        self.actor = self._find(create=True)
 
     def write(self, operation: str, *arguments: Any) -> Any:
         """Do an operation in one transaction; on return it is durable.
@@ -124,8 +140,10 @@ class RemoteDatabase:
         Raises:
             LedgerError: The database refuses, or the writer does not answer.
         """
-        if (own := self._directly()) is not None:
+        own = self._directly() or self._reader
+        if own is not None:
             return own.read(query, *arguments)
+        self._meet(self.actor)
         found: list[dict[str, Any]] = self._ask(
             lambda actor, _again: actor.read.remote(query, arguments)
         )
@@ -134,22 +152,25 @@ class RemoteDatabase:
     def close(self) -> None:
         """Close the connections of this process; the writer keeps its own."""
         with self._lock:
-            if self._own is not None:
-                self._own.close()
+            for own in (self._alone, self._reader):
+                if own is not None:
+                    own.close()
 
     def _ask(self, send: Any) -> Any:
         deadline, pause, again = time.monotonic() + PATIENCE_S, 0.02, False
         while True:
             try:
+                if again:
+                    self._part()
+                    self.actor = self._find(create=False)
                 reply = ray.get(send(self.actor, again), timeout=_ANSWER_S)
                 break
-            except (RayActorError, GetTimeoutError, ActorHandleNotFoundError) as error:
+            except _AWAY as error:
                 if time.monotonic() > deadline:
                     raise self._silent(error) from error
             again = True
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-            self.actor = self._find()
         if isinstance(reply, Exception):
             raise reply
         return reply
@@ -164,12 +185,13 @@ class RemoteDatabase:
         )
 
     def _directly(self) -> Database | None:
-        if self._own is None and not ray.is_initialized():
+        if self._alone is None and not ray.is_initialized():
             with self._lock:
-                self._own = self._own or Database(self._url)
-        return self._own
+                self._alone = self._alone or Database(self._url)
+        return self._alone
 
-    def _find(self) -> Any:
+    def _find(self, *, create: bool) -> Any:
+        """Return the writer, started where there is none; ``create`` allows it a new ledger."""
         with contextlib.suppress(ValueError):
             return ray.get_actor(self._name, namespace=NAMESPACE)
         node = ray.get_runtime_context().get_node_id()
@@ -184,23 +206,50 @@ class RemoteDatabase:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
         )
         try:
-            actor = options.remote(self._url, node)
+            actor = options.remote(self._url, node if create else "")
         except ValueError:
             # Another process was faster.
             return ray.get_actor(self._name, namespace=NAMESPACE)
-        self._begin_directly(actor)
+        with self._lock:
+            self._alone = self._alone or Database(self._url, create=create)
+        self._met = False
+        self._meet(actor)
         return actor
 
-    def _begin_directly(self, actor: Any) -> None:
+    def _meet(self, actor: Any) -> None:
+        """Ask the writer where it is, without waiting for the answer."""
         with self._lock:
-            self._own = self._own or Database(self._url)
-        actor.pid.remote().future().add_done_callback(self._leave_to_writer)
+            if self._met:
+                return
+            self._met = True
+        actor.place.remote().future().add_done_callback(self._leave_to_writer)
 
-    def _leave_to_writer(self, _done: Any) -> None:
+    def _leave_to_writer(self, answer: Future[tuple[str, int]]) -> None:
+        """Stop to write by oneself; read by oneself where the writer's file is at hand."""
+        is_near = answer.exception() is None and answer.result() == self._place()
         with self._lock:
-            own, self._own = self._own, None
+            own, self._alone = self._alone, None
+            if is_near and self._reader is None:
+                self._reader, own = own or Database(self._url), None
         if own is not None:
             own.close()
+
+    def _part(self) -> None:
+        with self._lock:
+            self._met = False
+            own, self._reader = self._reader, None
+        if own is not None:
+            own.close()
+
+    def _place(self) -> tuple[str, int]:
+        return ray.get_runtime_context().get_node_id(), _file_number(self._url)
+
+
+def _file_number(url: str) -> int:
+    try:
+        return os.stat(sa.make_url(url).database or "").st_ino
+    except OSError:
+        return 0
 
 
 def _short(text: str) -> str:

@@ -32,6 +32,7 @@ _MODELS = {
     "enum.StrEnum": "enum",
     "enum.IntEnum": "enum",
 }
+_RENAMING = frozenset({"alias", "serialization_alias", "alias_generator"})
 _DEEPEST = 20
 
 
@@ -291,15 +292,11 @@ def _callee(node: ast.expr) -> ast.expr:
 
 def _renames(node: ast.ClassDef) -> bool:
     """Say whether a model's JSON may have other names than its fields."""
-    words = {
-        keyword.arg
-        for part in ast.walk(node)
-        if isinstance(part, ast.Call)
-        for keyword in part.keywords
-    }
-    made = any(isinstance(item, ast.FunctionDef) and item.decorator_list for item in node.body)
-    aliased = words & {"alias", "serialization_alias", "alias_generator", "extra"}
-    return bool(aliased) or (made and "computed_field" in ast.unparse(node))
+    calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+    words = {(k.arg, ast.unparse(k.value)) for call in calls for k in call.keywords}
+    if any(name in _RENAMING or (name, value) == ("extra", "'allow'") for name, value in words):
+        return True
+    return any("computed_field" in ast.unparse(item) for item in node.body)
 
 
 def _converts(node: ast.ClassDef) -> bool:

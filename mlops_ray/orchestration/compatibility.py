@@ -133,6 +133,8 @@ class Compatibility:
             return True
         shape = self._annotations.shape(given.name)
         bases = shape.bases if shape is not None else frozenset()
+        if "typing.TypedDict" in bases:
+            return True  # which is a dict by another name
         same = given.name.rpartition(".")[2] == taken.name.rpartition(".")[2]
         return same or taken.name in bases
 

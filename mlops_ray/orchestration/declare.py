@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from mlops_ray.config.check import check_declared
+from mlops_ray.config.check import Declared, check_declared
 from mlops_ray.config.compose import Composed, Origin
 from mlops_ray.config.targets import load
 from mlops_ray.config.workflow import Step, Workflow
@@ -144,11 +144,9 @@ class Declaration:
 
     def _target(self, uses: Any, path: str) -> dict[str, Any]:
         if isinstance(uses, Workflow | Declaration):
-            nested = uses.workflow if isinstance(uses, Declaration) else uses
-            if isinstance(uses, Declaration):
-                inner = {f"{path}.{key}": value for key, value in uses.origins.items()}
-                self._origins |= inner
-            return {"workflow": nested.model_dump(mode="json", by_alias=True, exclude_unset=True)}
+            nested, origins = declared(uses)
+            self._origins |= {f"{path}.{key}": origin for key, origin in origins.items()}
+            return {"workflow": nested}
         module, name = getattr(uses, "__module__", ""), getattr(uses, "__qualname__", "")
         found = getattr(sys.modules.get(module), name, None)
         if module == "__main__" or found is not uses:
@@ -163,6 +161,8 @@ class Declaration:
             made = Workflow.model_validate(self._values)
         except ValidationError as error:
             raise ConfigError([self._invalid(item) for item in error.errors()]) from error
+        if None in made.inputs.values():
+            return made  # what it is given is known, and checked, where it is nested
         packages = sorted({target.partition(".")[0] for target in _targets(self._values)})
         values = {"allow": packages, "workflow": self._values}
         check_declared(Composed(values, self._origins), check_workflow)
@@ -194,14 +194,18 @@ def workflow(name: str, *, description: str = "", max_parallel: int | None = Non
     return Declaration(name, description, max_parallel)
 
 
-def workflow_of(declared: Any) -> Workflow | None:
-    """Return the workflow that an object is, None for what is none."""
-    if isinstance(declared, Declaration):
-        return declared.workflow
-    return declared if isinstance(declared, Workflow) else None
+def declared(made: Workflow | Declaration) -> Declared:
+    """Return a workflow's values and the origins of its paths.
+
+    Raises:
+        ConfigError: The declaration has problems.
+    """
+    origins = dict(made.origins) if isinstance(made, Declaration) else {}
+    finished = made.workflow if isinstance(made, Declaration) else made
+    return finished.model_dump(mode="json", by_alias=True, exclude_unset=True), origins
 
 
-def declared_by(target: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Origin]]:
+def declared_by(target: str, config: dict[str, Any]) -> Declared:
     """Return the values and origins of a workflow that a dotted name declares: a declaration, a
     workflow, or a function that makes one of the composed configuration.
 
@@ -213,15 +217,13 @@ def declared_by(target: str, config: dict[str, Any]) -> tuple[dict[str, Any], di
     found = load(target)
     if callable(found):
         found = found(config)
-    made = workflow_of(found)
-    if made is None:
+    if not isinstance(found, Workflow | Declaration):
         raise WorkflowError(
             f"{target} declares no workflow",
             why=f"it is a {type(found).__name__}",
             fix="name what `with mlops_ray.workflow(…) as name` has made, or a function returning it",
         )
-    origins = dict(found.origins) if isinstance(found, Declaration) else {}
-    return made.model_dump(mode="json", by_alias=True, exclude_unset=True), origins
+    return declared(found)
 
 
 def _plain(value: Any) -> Any:

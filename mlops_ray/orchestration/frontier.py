@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from mlops_ray.metadata.artifacts import ArtifactRef
 from mlops_ray.orchestration.graph import Graph
@@ -50,21 +50,21 @@ class Frontier:
         self.skipped[name] = reason
         self._pass(name)
 
-    def reopen(self, names: Iterable[str], then: str) -> None:
+    def reopen(self, names: Collection[str], then: str) -> None:
         """Let steps run once more, because their outputs are lost. ``then``, which was open, may be
         opened again after them; so may what was not opened yet."""
         self._open.discard(then)
-        for name in names:
-            self._waits[then].add(name)
-            if self.outputs.pop(name, None) is None:
-                continue  # it is on its way already
-            self._released.append(name)
+        # Those that are not done are on their way already.
+        lost = [name for name in names if self.outputs.pop(name, None) is not None]
+        self._waits[then] = {n for n in self._graph.after[then] if not self._is_over(n)}
+        self._released += lost
+        for name in lost:
             for other in self._follow[name]:
                 if not self._is_over(other) and other not in self._open:
                     self._waits[other].add(name)
-        self._released = [name for name in self._released if not self._waits[name]]
         if not self._waits[then]:
             self._released.append(then)
+        self._released = [name for name in self._released if not self._waits[name]]
 
     def _is_over(self, name: str) -> bool:
         return name in self.outputs or name in self.skipped

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mlops_ray.orchestration.graph import Graph
 from mlops_ray.orchestration.work import Work
+
+_FEWEST_TASKS = 4
 
 
 class Lanes:
@@ -29,19 +31,18 @@ class Lanes:
             entry = (-work.step.priority, self._positions[work.name], work)
             heapq.heappush(self._ready, entry)
 
-    def startable(self, most: int) -> Iterator[Work]:
+    def startable(self, most: Callable[[], int]) -> Iterator[Work]:
         """Yield steps of which a task may start now, the most urgent first; the caller starts it
         before it asks for the next one.
 
         Args:
-            most: How many tasks may run at once where the workflow does not say.
+            most: Says how many tasks may run at once where the workflow does not say.
         """
-        limit = self._graph.limits.get("", most)
         held = []
-        while self._ready and self._tasks < limit:
+        while self._ready and self._is_room(most):
             entry = heapq.heappop(self._ready)
             work = entry[-1]
-            while work.waiting and self._tasks < limit and self._has_room(work):
+            while work.waiting and self._is_room(most) and self._has_room(work):
                 yield work
             if work.waiting:
                 held.append(entry)
@@ -64,6 +65,12 @@ class Lanes:
         work.running -= 1
         self._running.subtract(self._graph.scopes(work.name))
         self._groups.discard(self._group(work))
+
+    def _is_room(self, most: Callable[[], int]) -> bool:
+        declared = self._graph.limits.get("")
+        if declared is not None:
+            return self._tasks < declared
+        return self._tasks < _FEWEST_TASKS or self._tasks < most()
 
     def _has_room(self, work: Work) -> bool:
         most, limits = work.step.max_parallel, self._graph.limits

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from mlops_ray.errors import ArtifactError
+from mlops_ray.errors import ArtifactError, WorkflowError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Lease, StepRecord
@@ -36,13 +36,21 @@ class Opened:
     unreadable: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def reading(self, name: str) -> Iterator[None]:
-        """Note that an artifact was missing or corrupt."""
+    def reading(self, name: str, recorder: Recorder) -> Iterator[None]:
+        """Note that an artifact was missing or corrupt; record any other error as the step's."""
         try:
             yield
-        except ArtifactError as error:
+        except (ArtifactError, WorkflowError) as error:
             digest = digest_of(error)
             if digest is None:
+                recorder.set(
+                    name,
+                    "failed",
+                    ended_at=datetime.now(UTC),
+                    error=error.what,
+                    message=error.what,
+                    said={"reason": str(error)},
+                )
                 raise
             self.unreadable[name] = digest
 
@@ -88,7 +96,7 @@ class Opener:
         opened = Opened()
         keys: dict[str, StepKey] = {}
         for name in names:
-            with opened.reading(name):
+            with opened.reading(name, self._recorder):
                 if not self._skip(name):
                     keys[name] = self._key(name)
         for name, record in self._known(keys).items():
@@ -97,7 +105,7 @@ class Opener:
             self._frontier.finish(name, record.output)
             del keys[name]
         for name, key in keys.items():
-            with opened.reading(name):
+            with opened.reading(name, self._recorder):
                 opened.works.append(self._work(name, key))
         return opened
 
@@ -162,18 +170,18 @@ class Opener:
         before = self._earlier.get(name)
         if not step.map:
             work = Work(name, step, key, job)
-            work.attempts = {-1: before.attempt} if before is not None else {}
+            work.earlier = {-1: before} if before is not None else {}
             return work
         elements = resolution.elements_of(step, self._frontier.outputs, self._artifacts)
         keys = [item_key(key, _digests(call)) for call in elements]
         work = Work(name, step, key, job, elements, keys)
         calls = self._ledger.items(self._run_id, name) if before is not None else []
-        work.attempts = {call.item: call.attempt for call in calls}
-        work.known(self._known_calls(work, {call.item: call for call in calls}))
+        work.earlier = {call.item: call for call in calls}
+        work.known(self._known_calls(work))
         return work
 
-    def _known_calls(self, work: Work, before: dict[int, StepRecord]) -> dict[int, ArtifactRef]:
-        found: dict[int, StepRecord] = {}
+    def _known_calls(self, work: Work) -> dict[int, ArtifactRef]:
+        before, found = work.earlier, dict[int, StepRecord]()
         if work.step.mode == "pure":
             found = self._reuse.by_key({item: key.key for item, key in enumerate(work.keys)})
         elif work.step.mode == "effect":

@@ -62,9 +62,9 @@ def delay_s(backoff: Backoff, tries: int, chance: float) -> float:
         tries: How many tries of this cause there were, with this one.
         chance: A random number in [0, 1): what of the jitter is taken off.
     """
-    most_s = backoff.most.total_seconds()
+    first_s, most_s = backoff.first.total_seconds(), backoff.most.total_seconds()
     try:
-        full_s = min(backoff.first.total_seconds() * backoff.factor ** (tries - 1), most_s)
+        full_s = min(first_s * backoff.factor ** (tries - 1), most_s)
     except OverflowError:
-        full_s = most_s
+        full_s = most_s if first_s else 0.0
     return full_s * (1 - backoff.jitter * chance)

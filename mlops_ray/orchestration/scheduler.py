@@ -32,6 +32,7 @@ from mlops_ray.orchestration.messages import (
 )
 from mlops_ray.orchestration.opening import Opener
 from mlops_ray.orchestration.recording import Recorder
+from mlops_ray.orchestration.repair import Repair
 from mlops_ray.orchestration.retries import Budget, Cause, classify, delay_s
 from mlops_ray.orchestration.tasks import Crew, Ticket
 from mlops_ray.orchestration.work import Work
@@ -85,7 +86,7 @@ class Scheduler:
         self._flying: set[Ticket] = set()
         self._attempts: Counter[_Where] = Counter()
         self._budgets: dict[_Where, Budget] = {}
-        self._lost: dict[str, list[str]] = {}
+        self._repair = Repair(graph, frontier, recorder, artifacts)
         self._timers: list[tuple[float, int, Work, int]] = []
         self._count = itertools.count()
 
@@ -112,15 +113,15 @@ class Scheduler:
     def _open(self, names: list[str]) -> None:
         opened = self._opener.open(names)
         for name, digest in opened.unreadable.items():
-            self._spend(name, -1, _unreadable(self._recorder.run.run_id, name, digest))
-            self._frontier.reopen(self._makers(name, digest), then=name)
+            self._pay(name, -1, self._repair.error(name, digest))
+            self._repair.reopen(name, {digest})
         for work in opened.works:
             self._begin(work)
 
     def _begin(self, work: Work) -> None:
         self._works[work.name] = work
-        for item, attempt in work.attempts.items():
-            self._attempts[work.name, item] = max(self._attempts[work.name, item], attempt)
+        for item, record in work.earlier.items():
+            self._attempts[work.name, item] = max(self._attempts[work.name, item], record.attempt)
         if work.is_mapped:
             self._record_start(work, -1)
         if work.once:
@@ -140,7 +141,7 @@ class Scheduler:
             if standing.over:
                 continue
             call = Call(item, standing.attempt, work.elements_of(item))
-            ticket = Ticket(work.name, (call,), once=True)
+            ticket = Ticket(work.name, (call,), once=True, stale=work.is_stale(item))
             if not self._crew.attach(ticket, work.step, work.job):
                 raise self._uncertain(work, call)
             work.waiting.remove(item)
@@ -197,9 +198,12 @@ class Scheduler:
             pass
         while self._timers and self._timers[0][0] <= time.monotonic():
             _, _, work, item = heapq.heappop(self._timers)
-            if not work.suspended:
-                work.waiting.append(item)
-                self._lanes.add(work)
+            self._wait_again(work, item)
+
+    def _wait_again(self, work: Work, item: int) -> None:
+        if not work.suspended:
+            work.waiting.append(item)
+            self._lanes.add(work)
 
     def _handle(self, message: Message) -> None:
         match message:
@@ -223,7 +227,10 @@ class Scheduler:
                 self._crashed(work, ticket, call, answer)
         else:
             for call, outcome in zip(ticket.calls, pickle.loads(answer), strict=True):
-                self._returned(work, call, outcome)
+                if ticket.stale:
+                    self._wait_again(work, call.item)
+                else:
+                    self._returned(work, call, outcome)
             self._crew.release(ticket, failed=False)
         if work.suspended and not work.running:
             self._dismiss(work)
@@ -239,9 +246,8 @@ class Scheduler:
                 self._recorder.message(work.name, work.progress)
             return
         assert outcome.error is not None
-        if outcome.digest is not None and self._makers(work.name, outcome.digest):
-            self._spend(work.name, call.item, outcome.error)
-            self._lost_input(work, outcome.digest)
+        if outcome.digest is not None and self._repair.makers(work.name, outcome.digest):
+            self._suspend(work, call, outcome.digest, outcome.error)
         else:
             self._failed(work, call, outcome.error, outcome.cause, outcome.node)
 
@@ -354,19 +360,14 @@ class Scheduler:
             self._recorder.set(work.name, "failed", said=said, **ended)
         raise error
 
-    def _spend(self, name: str, item: int, error: StepError) -> None:
-        """Pay for another try at reading what is lost."""
-        if self._budget(name, item).spend("infrastructure") is None:
-            self._recorder.set(name, "failed", error=error.what, message=error.what)
-            raise error
-
     def _budget(self, name: str, item: int) -> Budget:
         if (name, item) not in self._budgets:
             self._budgets[name, item] = Budget(self._graph.step(name).retries)
         return self._budgets[name, item]
 
-    def _lost_input(self, work: Work, digest: str) -> None:
+    def _suspend(self, work: Work, call: Call, digest: str, error: StepError) -> None:
         """An input of a step is gone: what has made it runs again, and then the step."""
+        self._pay(work.name, call.item, error)
         work.suspended = True
         work.waiting.clear()
         work.lost.add(digest)
@@ -374,24 +375,13 @@ class Scheduler:
     def _dismiss(self, work: Work) -> None:
         self._recorder.flush()  # so that the calls that are done are found when it is opened again
         del self._works[work.name]
-        makers = {maker for digest in work.lost for maker in self._makers(work.name, digest)}
-        self._frontier.reopen(sorted(makers), then=work.name)
+        self._repair.reopen(work.name, work.lost)
 
-    def _makers(self, name: str, digest: str) -> list[str]:
-        """Return the steps that made what a step cannot read; they run again, so it is removed."""
-        if digest not in self._lost:
-            holders = [
-                other
-                for other in sorted(self._graph.needs[name])
-                if other in self._frontier.outputs
-                and digest in self._artifacts.needs(self._frontier.outputs[other])
-            ]
-            if holders:
-                self._lost[digest] = holders
-                self._artifacts.discard(digest)
-            for other in holders:
-                self._recorder.event("artifact_corrupt", other, digest=digest, found_by=name)
-        return self._lost.get(digest, [])
+    def _pay(self, name: str, item: int, error: StepError) -> None:
+        """Pay for another try at reading what is lost."""
+        if self._budget(name, item).spend("infrastructure") is None:
+            self._recorder.set(name, "failed", error=error.what, message=error.what)
+            raise error
 
     def _error(self, work: Work, what: str) -> StepError:
         where = f"step {work.name}"
@@ -409,36 +399,35 @@ class Scheduler:
                 otherwise, and the next attempt waits for them.
         """
         ours = {ticket for ticket in self._flying if effects_too or not ticket.once}
+        done: list[tuple[Work, Call, Outcome]] = []
         for force, grace_s in ((False, _CANCEL_GRACE_S), (True, _KILL_GRACE_S)):
             for ticket in ours & self._flying:
                 self._crew.cancel(ticket, force=force or ticket.once)
             until_s = time.monotonic() + grace_s
-            while ours & self._flying and time.monotonic() < until_s:
-                self._take_in_last(max(0.0, until_s - time.monotonic()), record)
+            while ours & self._flying and (left_s := until_s - time.monotonic()) > 0:
+                done += self._last_successes(left_s)
         if record:
+            for work, call, outcome in done:
+                self._record_success(work, call, outcome)
             self._record_cut_off(status)
 
-    def _take_in_last(self, patience_s: float, record: bool) -> None:
+    def _last_successes(self, patience_s: float) -> list[tuple[Work, Call, Outcome]]:
         try:
             message = self._mailbox.get(timeout=patience_s)
         except queue.Empty:
-            return
+            return []
         if not isinstance(message, Returned):
-            return
-        work, ticket = self._works[message.ticket.step], message.ticket
+            return []
+        ticket = message.ticket
         self._flying.discard(ticket)
-        if record and not isinstance(message.answer, BaseException):
-            for call, outcome in zip(ticket.calls, pickle.loads(message.answer), strict=True):
-                if outcome.output is not None:
-                    self._record_success(work, call, outcome)
+        if isinstance(message.answer, BaseException) or ticket.stale:
+            return []
+        work = self._works[ticket.step]
+        outcomes = zip(ticket.calls, pickle.loads(message.answer), strict=True)
+        return [(work, call, outcome) for call, outcome in outcomes if outcome.output is not None]
 
     def _record_cut_off(self, status: StepStatus) -> None:
         left = {ticket.step for ticket in self._flying if ticket.once}
-        for name, record in self._recorder.steps.items():
-            if record.status == "running" and name not in left:
+        for name, step in self._recorder.steps.items():
+            if step.status == "running" and name not in left:
                 self._recorder.set(name, status, message="interrupted")
-
-
-def _unreadable(run_id: str, step: str, digest: str) -> StepError:
-    what = f"an input of the step cannot be read: artifact {digest[:12]} is missing or corrupt"
-    return StepError(what, step=step, run_id=run_id, where=f"step {step}")

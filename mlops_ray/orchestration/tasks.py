@@ -15,21 +15,21 @@ from mlops_ray.orchestration import once
 from mlops_ray.orchestration.worker import Call, execute
 
 _LOOK_AT_CLUSTER_EVERY_S = 5.0
-_FEWEST_TASKS = 4
 
 
 @dataclass(eq=False)
 class Ticket:
     """Calls of one step that were submitted together and run one after the other.
 
-    ``submitted_s`` is monotonic. ``stopped`` says that we have cancelled it.
+    ``submitted_s`` is monotonic. ``stale`` is an effect that was begun with another key: its end is
+    waited for, and then it happens again.
     """
 
     step: str
     calls: tuple[Call, ...]
     submitted_s: float = field(default_factory=time.monotonic)
     once: bool = False
-    stopped: bool = False
+    stale: bool = False
     ref: Any = None
     actor: Any = None
 
@@ -92,7 +92,6 @@ class Crew:
         """Interrupt what runs; with ``force`` end its process."""
         import ray
 
-        ticket.stopped = True
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             if ticket.actor is None or not force:
                 ray.cancel(ticket.ref, force=force)
@@ -116,15 +115,14 @@ class Crew:
             ray.kill(actor)
         self._groups.clear()
 
-    @property
     def capacity(self) -> int:
-        """How many tasks keep the cluster busy: twice its CPUs, as it is now."""
+        """Return how many tasks keep the cluster busy: twice its CPUs, as it is now."""
         import ray
 
         if time.monotonic() - self._looked_s > _LOOK_AT_CLUSTER_EVERY_S:
             self._looked_s = time.monotonic()
             cpus = int(ray.cluster_resources().get("CPU", 0))
-            self._capacity = max(2 * cpus, _FEWEST_TASKS)
+            self._capacity = max(2 * cpus, 1)
         return self._capacity
 
     def _run(self, ticket: Ticket, step: Step, job: bytes) -> None:

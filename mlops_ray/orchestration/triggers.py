@@ -96,6 +96,11 @@ def is_by_hand(firing: Firing) -> bool:
     return f"/{firing.trigger}@{BY_HAND}-" in firing.key
 
 
+def has_begun(firing: Firing) -> bool:
+    """Say whether a firing that is not over has a job, or had one that is to be tried again."""
+    return firing.status == "submitted" or firing.attempt > 0
+
+
 def due_times(name: str, trigger: Trigger, since: datetime, now: datetime) -> list[Occasion]:
     """Return the occasions of a schedule in (since, now] that are to be fired, oldest first.
 
@@ -138,6 +143,7 @@ def plan(
     now: datetime,
     last_start: datetime | None = None,
     paused: bool = False,
+    busy: bool = False,
 ) -> list[Action]:
     """Return what to do with the firings of one trigger that are not over.
 
@@ -147,15 +153,16 @@ def plan(
         now: The present moment.
         last_start: When a firing of the trigger, other than by hand, was last started.
         paused: Only firings by hand, and jobs begun before, go on.
+        busy: A job of another trigger runs the same: nothing new goes now.
     """
     ordered = sorted(firings, key=lambda firing: (firing.at, firing.key))
-    begun = [firing for firing in ordered if firing.status == "submitted" or firing.attempt]
+    begun = [firing for firing in ordered if has_begun(firing)]
     waiting = [firing for firing in ordered if firing not in begun]
     hand = [firing for firing in waiting if is_by_hand(firing)]
     rest = [] if paused else [firing for firing in waiting if not is_by_hand(firing)]
     settled, superseded = _settle(trigger, rest, now, last_start)
     ready = sorted([*hand, *settled], key=lambda firing: (firing.at, firing.key))
-    actions = superseded + _overlap(trigger, ready, begun)
+    actions = superseded + ([] if busy else _overlap(trigger, ready, begun))
     stopped = {action.firing.key for action in actions if action.kind == "stop"}
     again = [firing for firing in begun if firing.status == "due" and _is_ripe(firing, now)]
     actions += [_submit(firing) for firing in again if firing.key not in stopped]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from mlops_ray.config.workflow import Mode, Workflow
 from mlops_ray.errors import WorkflowError
 from mlops_ray.metadata.ledger import Ledger
-from mlops_ray.metadata.records import Link, RunRecord, StepRecord
-from mlops_ray.orchestration.graph import build
+from mlops_ray.metadata.records import Link, RunRecord
+from mlops_ray.orchestration.moments import Moment, Planned, Recorded
 from mlops_ray.orchestration.plan import Plan
 
 Part = Literal["function", "code", "config", "input", "environment"]
@@ -79,7 +78,7 @@ def explain(ledger: Ledger, step: str, run: RunRecord) -> Explanation:
     Raises:
         WorkflowError: The run has no such step.
     """
-    return _explain(_Recorded(ledger, run), step, ledger, run)
+    return _explain(Recorded(ledger, run), step, ledger, run)
 
 
 def explain_plan(ledger: Ledger, step: str, plan: Plan, run: RunRecord | None) -> Explanation:
@@ -94,7 +93,7 @@ def explain_plan(ledger: Ledger, step: str, plan: Plan, run: RunRecord | None) -
     Raises:
         WorkflowError: The workflow has no such step.
     """
-    return _explain(_Planned(plan), step, ledger, run, including=True)
+    return _explain(Planned(plan), step, ledger, run, including=True)
 
 
 def last_run(ledger: Ledger, step: str, project: str | None = None) -> RunRecord | None:
@@ -105,106 +104,8 @@ def last_run(ledger: Ledger, step: str, project: str | None = None) -> RunRecord
     return None
 
 
-class _Moment(Protocol):
-    """A run, as it was or as it would be."""
-
-    run: str
-
-    def names(self) -> list[str]: ...
-    def status(self, step: str) -> str: ...
-    def key(self, step: str) -> str | None: ...
-    def parts(self, step: str) -> dict[str, Any] | None: ...
-    def output(self, step: str) -> str | None: ...
-    def said(self, step: str) -> str: ...
-    def mode(self, step: str) -> Mode: ...
-    def wrote(self, step: str) -> list[Link]: ...
-
-
-@dataclass
-class _Recorded:
-    """A run of before."""
-
-    ledger: Ledger
-    record: RunRecord
-
-    def __post_init__(self) -> None:
-        self.run = self.record.run_id
-        self._steps = {step.name: step for step in self.ledger.steps(self.run)}
-        workflow = self.record.config.get("workflow") or {"name": "", "steps": {}}
-        self._graph = build(Workflow.model_validate(workflow))
-
-    def names(self) -> list[str]:
-        return list(self._steps)
-
-    def status(self, step: str) -> str:
-        return self._steps[step].status
-
-    def key(self, step: str) -> str | None:
-        return self._steps[step].key
-
-    def parts(self, step: str) -> dict[str, Any] | None:
-        key = self._steps[step].key
-        return self.ledger.key_parts(key) if key is not None else None
-
-    def output(self, step: str) -> str | None:
-        output = self._steps[step].output
-        return output.digest if output is not None else None
-
-    def said(self, step: str) -> str:
-        record: StepRecord = self._steps[step]
-        return (record.error if record.status == "failed" else record.message) or ""
-
-    def mode(self, step: str) -> Mode:
-        return self._graph.step(step).mode if step in self._graph.flat else "pure"
-
-    def wrote(self, step: str) -> list[Link]:
-        links = self.ledger.links(run_id=self.run, direction="writes")
-        return [link for link in links if link.step == step]
-
-    def corrupt(self, step: str) -> bool:
-        """Say whether an output of the step was found corrupt in this run."""
-        events = self.ledger.events(run_id=self.run, kind="artifact_corrupt")
-        return any(event.step == step for event in events)
-
-
-class _Planned:
-    """What a run would do now."""
-
-    run = "now"
-
-    def __init__(self, plan: Plan) -> None:
-        self._steps = {item.name: item for item in plan.steps}
-
-    def names(self) -> list[str]:
-        return list(self._steps)
-
-    def status(self, step: str) -> str:
-        return self._steps[step].state
-
-    def key(self, step: str) -> str | None:
-        key = self._steps[step].key
-        return key.key if key is not None else None
-
-    def parts(self, step: str) -> dict[str, Any] | None:
-        key = self._steps[step].key
-        return key.parts if key is not None else None
-
-    def output(self, step: str) -> str | None:
-        output = self._steps[step].output
-        return output.digest if output is not None else None
-
-    def said(self, step: str) -> str:
-        return self._steps[step].reason
-
-    def mode(self, step: str) -> Mode:
-        return self._steps[step].step.mode
-
-    def wrote(self, step: str) -> list[Link]:
-        return []
-
-
 def _explain(
-    now: _Moment, step: str, ledger: Ledger, run: RunRecord | None, *, including: bool = False
+    now: Moment, step: str, ledger: Ledger, run: RunRecord | None, *, including: bool = False
 ) -> Explanation:
     if step not in now.names():
         raise WorkflowError(
@@ -214,10 +115,10 @@ def _explain(
     return _Comparison(now, then).explain(step)
 
 
-def _before(ledger: Ledger, run: RunRecord, step: str, *, including: bool) -> _Recorded | None:
+def _before(ledger: Ledger, run: RunRecord, step: str, *, including: bool) -> Recorded | None:
     """Return the newest earlier run that knows what the step's key was made of; first one of the same
     workflow."""
-    found: _Recorded | None = None
+    found: Recorded | None = None
     for other in ledger.runs(project=run.project, limit=_EARLIER_RUNS):
         earlier = other.started_at < run.started_at or (including and other.run_id == run.run_id)
         if not earlier:
@@ -227,8 +128,8 @@ def _before(ledger: Ledger, run: RunRecord, step: str, *, including: bool) -> _R
         if key is None or ledger.key_parts(key) is None:
             continue
         if other.workflow == run.workflow:
-            return _Recorded(ledger, other)
-        found = found or _Recorded(ledger, other)
+            return Recorded(ledger, other)
+        found = found or Recorded(ledger, other)
     return found
 
 
@@ -236,8 +137,8 @@ def _before(ledger: Ledger, run: RunRecord, step: str, *, including: bool) -> _R
 class _Comparison:
     """Two moments side by side. Each step is explained once."""
 
-    now: _Moment
-    then: _Recorded | None
+    now: Moment
+    then: Recorded | None
     _known: dict[str, Explanation] = field(default_factory=dict)
 
     def explain(self, step: str) -> Explanation:
@@ -248,11 +149,13 @@ class _Comparison:
     def _explained(self, step: str) -> Explanation:
         status = self.now.status(step)
         against = self.then.run if self.then is not None and step in self.then.names() else None
-        made = Explanation(step, self.now.run, status, "", against)
         changes = self._changes(step) if against is not None else ()
         reason = self._reason(step, status, against, changes)
         wrote = self._wrote(step) if against is not None else ()
-        return Explanation(made.step, made.run, status, reason, against, changes, wrote)
+        calls = self.now.calls(step)
+        if calls is not None:
+            reason += f" ({calls[0]:,} of {calls[1]:,} calls came from the cache)"
+        return Explanation(step, self.now.run, status, reason, against, changes, wrote)
 
     def _reason(
         self, step: str, status: str, against: str | None, changes: tuple[Change, ...]
@@ -280,7 +183,7 @@ class _Comparison:
             return "it had not run before"
         if self.then.status(step) not in ("succeeded", "cached"):
             return f"nothing changed, and in run {against} it did not end"
-        if isinstance(self.now, _Recorded) and not self.now.corrupt(step):
+        if isinstance(self.now, Recorded) and not self.now.corrupt(step):
             return "nothing changed; its output was no longer there, or the run began anew"
         return "nothing changed; its output was corrupt or missing"
 
@@ -298,9 +201,16 @@ class _Comparison:
     def _changes(self, step: str) -> tuple[Change, ...]:
         now = self.now.parts(step)
         then = self.then.parts(step) if self.then is not None else None
+        waits = self.now.waits(step)
+        if waits:
+            return tuple(self._awaited(name, other, then) for name, other in waits.items())
         if now is None or then is None or self.now.key(step) == self._key_then(step):
             return ()
         return tuple(self._differences(then, now))
+
+    def _awaited(self, name: str, step: str, then: Mapping[str, Any] | None) -> Change:
+        before = _given((then or {"inputs": {}})["inputs"].get(name))
+        return Change("input", name, before, "not known yet", self._cause(step))
 
     def _key_then(self, step: str) -> str | None:
         return self.then.key(step) if self.then is not None else None
@@ -315,7 +225,9 @@ class _Comparison:
             yield Change("environment", path, before, after)
 
     def _input(self, name: str, then: Any, now: Any) -> Iterator[Change]:
-        if "config" in (then or {}) and "config" in (now or {}):
+        then = then or ({"config": _ABSENT} if "config" in (now or {}) else None)
+        now = now or ({"config": _ABSENT} if "config" in (then or {}) else None)
+        if then and now and "config" in then and "config" in now:
             for path, before, after in _values(then["config"], now["config"], name):
                 yield Change("config", path, before, after)
             return

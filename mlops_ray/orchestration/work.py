@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlops_ray.config.workflow import Step
 from mlops_ray.metadata.artifacts import ArtifactRef
+from mlops_ray.metadata.records import StepRecord
 from mlops_ray.orchestration.keys import StepKey
 
 _BATCH_S = 0.05
@@ -19,8 +20,8 @@ _SHARE_OF_NEW = 0.3
 class Work:
     """The calls of one step: a single one (item −1), or one for each element of what it maps over.
 
-    ``waiting`` are those that may be started, ``running`` counts tasks. ``attempts`` are those of
-    earlier attempts at the run. A ``suspended`` work starts nothing more: the artifacts ``lost`` must
+    ``waiting`` are those that may be started, ``running`` counts tasks. ``earlier`` is how an earlier
+    attempt at the run left them. A ``suspended`` work starts nothing more: the artifacts ``lost`` must
     be made again first.
 
     Args:
@@ -50,7 +51,7 @@ class Work:
         self.once = step.mode == "effect" and not step.idempotent
         self.suspended = False
         self.lost: set[str] = set()
-        self.attempts: dict[int, int] = {}
+        self.earlier: dict[int, StepRecord] = {}
         self.running = 0
         self.waiting: deque[int] = deque(range(len(elements)) if elements is not None else (-1,))
         self._elements = elements
@@ -81,6 +82,11 @@ class Work:
         """Return the arguments that a call maps over."""
         return {} if self._elements is None else self._elements[item]
 
+    def is_stale(self, item: int) -> bool:
+        """Whether an earlier attempt has begun a call with another key: other code or inputs."""
+        record = self.earlier.get(item)
+        return record is not None and record.key != self.key_of(item).key
+
     def returned(self, item: int, output: ArtifactRef) -> None:
         """Take a call's output."""
         self._outputs[max(item, 0)] = output
@@ -97,16 +103,16 @@ class Work:
         last = self._call_s
         self._call_s = seconds if last is None else last + _SHARE_OF_NEW * (seconds - last)
 
-    def batch(self, lanes: int) -> int:
+    def batch(self, lanes: Callable[[], int]) -> int:
         """Return how many calls to send to one worker: more than one only where they are so short
         that sending them one by one would cost more than running them.
 
         Args:
-            lanes: How many workers there are to share what waits.
+            lanes: Says how many workers there are to share what waits.
         """
         alone = not self.is_mapped or self.once or self.step.group is not None
         if alone or self.step.timeout is not None or self._call_s is None:
             return 1
         fitting = int(_BATCH_S / max(self._call_s, 1e-4))
-        fair = math.ceil(len(self.waiting) / (2 * lanes))
+        fair = math.ceil(len(self.waiting) / (2 * lanes()))
         return max(1, min(fitting, fair, _LARGEST_BATCH))

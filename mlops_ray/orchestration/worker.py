@@ -123,7 +123,7 @@ def perform(job: Job, call: Call) -> Outcome:
         except (Exception, SystemExit, TimedOut) as error:
             traceback.print_exc()
             result = {
-                "error": _step_error(job, error),
+                "error": _step_error(job, call, error),
                 "cause": classify(error),
                 "digest": digest_of(error),
             }
@@ -212,14 +212,17 @@ def _fit(function: Any, name: str, value: Any, adapter: TypeAdapter[Any]) -> Any
         ) from error
 
 
-def _step_error(job: Job, error: BaseException) -> StepError:
+def _step_error(job: Job, call: Call, error: BaseException) -> StepError:
     known = isinstance(error, MlopsRayError | TimedOut)
     what = str(error) if known else f"{type(error).__name__}: {error}"
+    which, log = f"step {job.step}", f"mlops-ray logs {job.run_id} {job.step}"
+    if call.item >= 0:
+        which, log = f"{which}, call {call.item}", f"{log} --item {call.item}"
     return StepError(
         what,
         step=job.step,
         run_id=job.run_id,
         detail=traceback.format_exc(),
-        where=f"step {job.step}",
-        fix="" if known else f"see the step's log: mlops-ray logs {job.run_id} {job.step}",
+        where=which,
+        fix="" if known else f"see its log: {log}",
     )

@@ -19,7 +19,8 @@ from mlops_ray.cli.init import write_project
 from mlops_ray.cli.main import Verbs
 from mlops_ray.config.locate import open_workspace
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger, RunRecord
+from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.records import RunRecord, StepChange
 from mlops_ray.orchestration.load import load_project
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,8 @@ def ledger_with_runs(home: Home, count: int) -> list[str]:
         )
         ledger.start_run(record, ["extract", "clean"])
         ledger.finish_run(name, "failed")
-    ledger.update_step(names[-1], "extract", status="succeeded", rows=12345)
+    done = {"status": "succeeded", "rows": 12345}
+    ledger.apply([StepChange(run_id=names[-1], name="extract", values=done)])
     ledger.append(NAME, "promotion", {"version": 7}, run_id=names[-1])
     ledger.close()
     return names

@@ -244,3 +244,82 @@ def test_a_null_where_a_step_needs_a_value_is_found(workspace: Workspace) -> Non
         workspace, "workflow.steps.first.with.count=null", "+workflow.steps.first.with.extra=null"
     )
     assert "workflow.steps.first.with.count: shop_code.steps.first needs a value here" in line
+
+
+PREPARE = """\
+name: prepare
+inputs: {count: null, extra: 2}
+outputs: {table: $first}
+steps:
+  first: {uses: shop_code.steps.first, with: {count: $inputs.count}}
+"""
+NESTING = """\
+defaults:
+  - /workflow@steps.prepare.workflow: prepare
+  - _self_
+name: nesting
+steps:
+  prepare:
+    with: {count: 3}
+  second: {uses: shop_code.steps.second, with: {table: $prepare.table}, mode: effect}
+"""
+
+
+def nest(workspace: Workspace, prepare: str = PREPARE, nesting: str = NESTING) -> None:
+    folder = workspace.directory / "configs/workflow"
+    (folder / "prepare.yaml").write_text(prepare)
+    (folder / "nesting.yaml").write_text(nesting)
+
+
+def test_a_workflow_is_nested_by_hydra_s_defaults(workspace: Workspace) -> None:
+    nest(workspace)
+    workflow = load_project(workspace, ["workflow=nesting"]).workflow
+    nested = workflow.steps["prepare"].workflow
+    assert nested is not None
+    assert nested.name == "prepare"
+    assert workflow.steps["prepare"].inputs == {"count": 3}
+
+
+def test_problems_inside_a_nested_workflow_have_their_file_and_line(workspace: Workspace) -> None:
+    prepare = PREPARE.replace("count: $inputs.count", "cuont: $inputs.count").replace(
+        "table: $first", "table: $frist"
+    )
+    nest(workspace, prepare, NESTING.replace("$prepare.table", "$prepare.tabel"))
+    with pytest.raises(ConfigError) as caught:
+        load_project(workspace, ["workflow=nesting"])
+    found = [str(problem) for problem in caught.value.problems]
+    path = "workflow.steps.prepare.workflow"
+    assert f"configs/workflow/prepare.yaml:5 → {path}.steps.first.with.cuont: unknown key." in str(
+        found
+    )
+    assert f"configs/workflow/prepare.yaml:3 → {path}.outputs.table: there is no step" in str(found)
+    assert "configs/workflow/nesting.yaml:8 → workflow.steps.second.with.table" in str(found)
+
+
+def test_the_schema_s_and_the_graph_s_problems_come_together(workspace: Workspace) -> None:
+    found = problems(workspace, "training.epoch=3", "workflow.steps.second.with.table=$frist")
+    assert len(found) == 2
+    assert "Did you mean epochs?" in str(found)
+    assert "Did you mean $first?" in str(found)
+
+
+def test_a_workflow_may_be_declared_in_python(workspace: Workspace) -> None:
+    (workspace.directory / "shop_code/flows.py").write_text(
+        "from mlops_ray import workflow\nfrom shop_code import counting\n"
+        "def nightly(config):\n"
+        "    with workflow('nightly') as made:\n"
+        "        made.step('count', counting.count, n=config['seed'], mode='effect')\n"
+        "    return made\n"
+    )
+    (workspace.directory / "shop_code/counting.py").write_text("def count(n: int) -> int: ...\n")
+    file = workspace.directory / "configs/workflow/nightly.yaml"
+    file.write_text("declared_by: shop_code.flows.nightly\n")
+    project = load_project(workspace, ["workflow=nightly", "seed=7"])
+    assert project.workflow.name == "nightly"
+    assert project.workflow.steps["count"].inputs == {"n": 7}
+    file.write_text("declared_by: os.system\n")
+    with pytest.raises(ConfigError, match=r"nightly.yaml:1 → workflow.declared_by: .* allow-list"):
+        load_project(workspace, ["workflow=nightly"])
+    file.write_text("declared_by: shop_code.flows.nightly\nname: twice\n")
+    with pytest.raises(ConfigError, match="name cannot be given beside it"):
+        load_project(workspace, ["workflow=nightly"])

@@ -142,6 +142,8 @@ def test_a_lease_has_one_owner_until_it_ends(ledgers: Ledgers) -> None:
             ledger.renew(stale, 60)
         with pytest.raises(LeaseError):
             ledger.finish_run("r1", "failed", fence=stale)
+        with pytest.raises(LeaseError):
+            ledger.resume_run("r1", "me", {}, fence=stale)
         ledger.release(stale)
     longer = ledger.renew(third, 600)
     assert longer.expires_at - third.expires_at > timedelta(seconds=500)

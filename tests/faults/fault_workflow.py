@@ -123,18 +123,18 @@ def home_of(folder: Path) -> Home:
     return Home(folder / "home", Storage())
 
 
-def declared_once(folder: Path) -> set[str]:
-    """Return the names of the effects that must happen exactly once."""
+def effect_names(folder: Path) -> dict[str, str]:
+    """Return, for each effect that must not happen twice, the name that it leaves on disk."""
     graph = build(workflow(folder / "marks"))
-    names = set()
-    for name in graph.order:
-        step = graph.step(name)
-        if step.mode == "effect" and not step.idempotent and name != "refund":
-            if step.map:
-                names |= {f"{step.inputs['name']}[{part}]" for part in range(BILLS)}
-            else:
-                names.add(step.inputs["name"])
-    return names
+    steps = {name: graph.step(name) for name in graph.order}
+    once = {name: step for name, step in steps.items() if step.mode == "effect"}
+    return {name: step.inputs["name"] for name, step in once.items() if not step.idempotent}
+
+
+def declared_once(folder: Path) -> set[str]:
+    """Return the marks on disk of the effects that must happen exactly once."""
+    names = set(effect_names(folder).values()) - {"refund", "bill"}
+    return names | {f"bill[{part}]" for part in range(BILLS)}
 
 
 def happened(folder: Path) -> Counter[str]:

@@ -7,6 +7,7 @@ see every run and each of its steps exactly once, complete.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import socket
@@ -67,8 +68,6 @@ class Server:
         raise AssertionError((self.folder / "log").read_text())
 
     def kill(self) -> None:
-        import os
-
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
@@ -101,7 +100,7 @@ def run(folder: Path, kills: int, seed: int = 0) -> str:
                 process.kill()
                 process.wait()
         process = start(home)
-        said, error = process.communicate(timeout=300)
+        _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
         shown = check(home)
     finally:

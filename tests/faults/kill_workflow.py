@@ -15,6 +15,7 @@ import random
 import secrets
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.artifacts import open_artifacts
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import RunRecord, StepRecord
-from mlops_ray.orchestration import once, ownership
+from mlops_ray.orchestration import ownership
 from mlops_ray.orchestration.executor import Executor
 
 VICTIMS = ("driver", "worker", "ledger", "raylet")
@@ -73,6 +74,8 @@ class Field:
 
     def kill(self, victim: str, driver: Driver, folder: Path, chance: random.Random) -> bool:
         """Kill one; False where there was none any more."""
+        if driver.code() is not None:
+            return False
         if victim == "driver":
             driver.signal(signal.SIGKILL)
             return True
@@ -202,13 +205,33 @@ def begin(folder: Path) -> Path:
     return folder
 
 
-def undisturbed(field: Field, folder: Path) -> tuple[dict[str, str], Values, float]:
-    """Return the oracle: digests, values of the outputs, and how long the run takes in seconds."""
+def progress(folder: Path) -> int:
+    """Return how many events a run has recorded: the clock by which the killer goes.
+
+    Time would not do: the same run takes three times as long on a busy machine.
+    """
+    with contextlib.closing(sqlite3.connect(folder / "home" / "ledger.db")) as ledger:
+        try:
+            (count,) = ledger.execute("select count(*) from events").fetchone()
+        except sqlite3.OperationalError:
+            return 0
+    return int(count)
+
+
+def await_moment(driver: Driver, folder: Path, moment: int) -> bool:
+    """Return when a run has recorded so many events; False where it is over before."""
+    while driver.code() is None:
+        if progress(folder) >= moment:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def undisturbed(field: Field, folder: Path) -> tuple[dict[str, str], Values, int]:
+    """Return the oracle: digests, values of the outputs, and how many events a run records."""
     driver = field.drive(begin(folder))
-    began_s = time.monotonic()
     code = driver.wait()
     assert code == 0, (folder / "driver.log").read_text()
-    length_s = time.monotonic() - began_s
     oracle = fault_workflow.outputs(folder)
     fault_workflow.check(folder, oracle)
     artifacts = open_artifacts(fault_workflow.home_of(folder))
@@ -219,20 +242,19 @@ def undisturbed(field: Field, folder: Path) -> tuple[dict[str, str], Values, flo
             if record.output is not None and record.output.kind == "json"
         }
     field.tidy()
-    return oracle, values, length_s
+    return oracle, values, progress(folder)
 
 
 def disturbed(
-    field: Field, folder: Path, seed: int, victim: str, length_s: float, values: Values
+    field: Field, folder: Path, seed: int, victim: str, length: int, values: Values
 ) -> Counter[str]:
     """Run a workflow that loses something, and start it again until it is over; say what happened."""
     chance = random.Random(seed)
     seen: Counter[str] = Counter()
     driver = field.drive(begin(folder))
-    until_s = time.monotonic() + chance.uniform(0, length_s)
-    while driver.code() is None and time.monotonic() < until_s:
-        time.sleep(0.005)
-    seen["killed"] = int(driver.code() is None and field.kill(victim, driver, folder, chance))
+    if await_moment(driver, folder, chance.randrange(length)):
+        time.sleep(chance.uniform(0, 0.05))
+        seen["killed"] = int(field.kill(victim, driver, folder, chance))
     while (code := driver.wait()) != 0:
         seen["starts"] += 1
         assert code in (_FAILED, -signal.SIGKILL), code
@@ -246,25 +268,26 @@ def disturbed(
 def settle(folder: Path, values: Values) -> int:
     """Say of each uncertain effect whether it happened, by what it left; return how many there were."""
     happened = fault_workflow.happened(folder)
-    steps = fault_workflow.spec_of(folder).workflow.steps
-    artifacts = open_artifacts(fault_workflow.home_of(folder))
-    count = 0
+    names = fault_workflow.effect_names(folder)
     with _ledger(folder) as (ledger, run):
-        if run is None:
-            return 0
-        for record in _records(ledger, run):
-            if record.status != "uncertain":
-                continue
-            last = record.name.rpartition("/")[2]
-            name = steps[last].inputs["name"] if last in steps else last
-            mark = name if record.item < 0 else f"{name}[{record.item}]"
-            where = (ledger, artifacts, run, record.name, record.item)
-            if happened[mark]:
-                once.resolve(*where, "done", values[record.name, record.item])
-            elif not (record.item < 0 and steps.get(last) and steps[last].map):
-                once.resolve(*where, "rerun")
-            count += 1
-    return count
+        found = _records(ledger, run) if run is not None else []
+    uncertain = [record for record in found if record.status == "uncertain"]
+    calls = {record.name for record in uncertain if record.item >= 0}
+    for record in uncertain:
+        which = [record.name]
+        name = names[record.name]
+        if record.item >= 0:
+            which += ["--item", str(record.item)]
+            name = f"{name}[{record.item}]"
+        elif record.name in calls:
+            continue
+        said = ["--rerun"]
+        if happened[name]:
+            said = ["--done", "--output", json.dumps(values[record.name, record.item])]
+        line = [sys.executable, "-m", "mlops_ray", "resolve", record.run_id, *which, *said]
+        home = {"MLOPS_RAY_HOME": str(fault_workflow.home_of(folder).root)}
+        subprocess.run(line, check=True, env=os.environ | home, stdout=subprocess.DEVNULL)
+    return len(uncertain)
 
 
 def two_at_once(field: Field, folder: Path, oracle: dict[str, str]) -> None:
@@ -276,10 +299,10 @@ def two_at_once(field: Field, folder: Path, oracle: dict[str, str]) -> None:
     field.tidy()
 
 
-def paused(field: Field, folder: Path, oracle: dict[str, str], length_s: float) -> None:
+def paused(field: Field, folder: Path, oracle: dict[str, str], length: int) -> None:
     """Stop a driver for longer than its lease; what it does when it wakes up must leave no trace."""
     sleeper = field.drive(begin(folder), lease_s=_SHORT_LEASE_S)
-    time.sleep(length_s / 3)
+    assert await_moment(sleeper, folder, length // 3)
     sleeper.signal(signal.SIGSTOP)
     time.sleep(_SHORT_LEASE_S + 0.5)
     assert field.drive(folder).wait() == 0, (folder / "driver.log").read_text()
@@ -343,15 +366,14 @@ def run(folder: Path, seeds: int, *, first: int = 0, victims: tuple[str, ...] = 
     """
     total: Counter[str] = Counter()
     with field() as ground:
-        oracle, values, length_s = undisturbed(ground, folder / "oracle")
-        print(f"undisturbed: {length_s:.1f} s", file=sys.stderr)
+        oracle, values, length = undisturbed(ground, folder / "oracle")
         two_at_once(ground, folder / "two", oracle)
-        paused(ground, folder / "paused", oracle, length_s)
+        paused(ground, folder / "paused", oracle, length)
         for seed in range(first, first + seeds):
             victim = victims[seed % len(victims)]
             began_s = time.monotonic()
             here = folder / f"seed{seed}"
-            seen = disturbed(ground, here, seed, victim, length_s, values)
+            seen = disturbed(ground, here, seed, victim, length, values)
             fault_workflow.check(here, oracle)
             total += seen
             total[f"{victim}s" if seen["killed"] else "too late"] += 1

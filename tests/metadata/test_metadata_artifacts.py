@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from faults import kill_put
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metadata.stores import address, open_store, start_server
@@ -501,3 +502,12 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, script: str) -> None:
         check=False,
     )
     assert done.stdout.strip() == "refused", done.stderr
+
+
+def test_a_kill_leaves_no_half_artifact(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
+    said = kill_put.run(tmp_path, where, kills=3)
+    assert said.startswith("3 kills")

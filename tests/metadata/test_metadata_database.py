@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -45,7 +46,13 @@ def test_of_requests_that_share_a_commit_each_is_whole_and_has_its_own_reply(url
             appending(2, ("w", 1)),
         ]
     )
-    assert [type(reply) for reply in replies] == [type(None), dict, LeaseError, KeyError, type(None)]
+    assert [type(reply) for reply in replies] == [
+        type(None),
+        dict,
+        LeaseError,
+        KeyError,
+        type(None),
+    ]
     assert replies[1]["token"] == 1
     assert numbers(url) == [0, 2]
 
@@ -143,3 +150,20 @@ def test_a_row_that_another_transaction_holds_is_said_to_be_locked(
     ledger.renew(lease, 60)
     engine.dispose()
     ledger.close()
+
+
+def test_a_ledger_that_is_removed_or_replaced_is_not_written_into_the_void(
+    url: str, tmp_path: Path
+) -> None:
+    ledger = Ledger(url)
+    ledger.append("p", "first", {})
+    shutil.rmtree(tmp_path)
+    ledger.append("p", "second", {})
+    assert [event.kind for event in Ledger(url).events()] == ["second"]
+    other = Ledger(f"sqlite:///{tmp_path / 'other.db'}")
+    other.append("p", "copy", {})
+    other.close()
+    for end in ("-wal", "-shm"):
+        (tmp_path / f"ledger.db{end}").unlink(missing_ok=True)
+    (tmp_path / "other.db").replace(tmp_path / "ledger.db")
+    assert [event.kind for event in ledger.events()] == ["copy"]

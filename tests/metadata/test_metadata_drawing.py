@@ -26,7 +26,7 @@ def lineage(days: int) -> Lineage:
 
 
 @given(edges)
-def test_nodes_keep_their_distance_and_edges_lead_to_the_right(
+def test_nodes_keep_their_distance_and_edges_lead_onward(
     found: frozenset[tuple[str, str]],
 ) -> None:
     heights = {name: 20.0 + 5 * number for number, name in enumerate(NAMES)}
@@ -39,7 +39,7 @@ def test_nodes_keep_their_distance_and_edges_lead_to_the_right(
     for name, (layer, y) in layout.places.items():
         assert 0 <= layer < layout.layers
         assert y - heights[name] / 2 >= -1e-6
-        assert y + heights[name] / 2 <= layout.height + 1e-6
+        assert y + heights[name] / 2 <= layout.extent + 1e-6
     for (source, target), route in layout.routes.items():
         assert route[0] == layout.places[source]
         assert route[-1] == layout.places[target]
@@ -48,7 +48,7 @@ def test_nodes_keep_their_distance_and_edges_lead_to_the_right(
 
 
 @given(edges)
-def test_without_cycles_every_edge_leads_to_the_right(found: frozenset[tuple[str, str]]) -> None:
+def test_without_cycles_every_edge_leads_onward(found: frozenset[tuple[str, str]]) -> None:
     acyclic = {(a, b) for a, b in found if a < b}
     layout = arrange(NAMES, acyclic, dict.fromkeys(NAMES, 10.0))
     assert all(layout.places[a][0] < layout.places[b][0] for a, b in acyclic)

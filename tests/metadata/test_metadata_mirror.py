@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,18 @@ from mlops_ray.metadata.mirror import mirror
 from mlops_ray.metadata.records import StepChange
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of an MLflow that nothing was written to, which takes long to make."""
+    home = Home(tmp_path_factory.mktemp("fresh"))
+    tracking.connect(home)
+    return home.root / "mlflow.db"
+
+
 @pytest.fixture
-def client(home: Home) -> Any:
+def client(home: Home, fresh: Path) -> Any:
+    home.root.mkdir()
+    shutil.copy(fresh, home.root)
     return tracking.connect(home)
 
 
@@ -68,12 +78,10 @@ def test_a_run_that_was_resumed_is_shown_as_it_is_now(home: Home, client: Any) -
     assert check(home) == 7
 
 
-@pytest.mark.parametrize("calls", range(1, 16, 2))
 def test_it_goes_on_from_wherever_it_was_cut_off(
-    home: Home, client: Any, calls: int, monkeypatch: pytest.MonkeyPatch
+    home: Home, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_run(home, 2, steps=3)
-    left = calls
+    left = 0
     cut = type("Cut", (BaseException,), {})
 
     class Cutting:
@@ -85,11 +93,14 @@ def test_it_goes_on_from_wherever_it_was_cut_off(
             return getattr(client, name)
 
     monkeypatch.setattr(tracking, "connect", lambda home: Cutting())
-    with pytest.raises(cut):
-        mirror(home)
-    left = -1
-    assert mirror(home) == 1
-    assert check(home) == 4
+    for number, calls in enumerate(range(1, 20)):
+        add_run(home, number, steps=3)
+        left = calls
+        with pytest.raises(cut):
+            mirror(home)
+        left = -1
+        assert mirror(home) == 1
+    assert check(home) == 19 * 4
 
 
 def test_what_a_killed_process_still_got_through_is_removed(home: Home, client: Any) -> None:
@@ -121,7 +132,6 @@ def test_a_server_that_is_down_is_said_at_once(home: Home) -> None:
 
 
 def test_kills_and_outages_of_a_server_leave_no_doubles(tmp_path: Path) -> None:
-    began = time.monotonic()
-    said = kill_mirror.run(tmp_path, kills=4, seed=3)
+    said = kill_mirror.run(tmp_path, kills=2, seed=10)
+    assert "'mirror': 1, 'server': 1" in said
     assert "once each" in said
-    assert time.monotonic() - began < 240

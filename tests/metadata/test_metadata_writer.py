@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def backend(ledger: Ledger) -> Any:
     return ledger._backend
 
 
-def test_without_ray_the_file_is_opened_directly(own: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_file_is_opened_directly(
+    own: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -36,9 +39,9 @@ def test_writes_while_the_writer_starts_are_neither_lost_nor_out_of_order(
     ray_cluster: Any, own: Home
 ) -> None:
     ledger = open_ledger(own)
-    assert backend(ledger)._own is not None
+    assert backend(ledger)._alone is not None
     count = 0
-    while backend(ledger)._own is not None:
+    while backend(ledger)._alone is not None:
         ledger.append("p", "k", {"n": count})
         count += 1
     for number in range(count, count + 5):
@@ -46,9 +49,46 @@ def test_writes_while_the_writer_starts_are_neither_lost_nor_out_of_order(
     assert [event.data["n"] for event in ledger.events()] == list(range(count + 5))
     # What a second handle sees comes from the same actor.
     other = open_ledger(own)
-    assert backend(other)._own is None
+    assert backend(other)._alone is None
     assert backend(other).actor._actor_id == backend(ledger).actor._actor_id
     assert len(other.events()) == count + 5
+
+
+@pytest.mark.parametrize("is_near", [True, False])
+def test_who_has_the_writers_file_at_hand_reads_it_himself(
+    is_near: bool, ray_cluster: Any, own: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlops_ray.metadata import writer
+
+    ray_cluster.get(backend(open_ledger(own)).actor.place.remote())
+    if not is_near:
+        # A file of the same name on another file system.
+        monkeypatch.setattr(writer, "_file_number", lambda url: -1)
+    ledger = open_ledger(own)
+    assert ledger.events() == []
+    await_place(ledger)
+    ledger.append("p", "k", {})
+    assert len(ledger.events()) == 1
+    assert (backend(ledger)._reader is not None) == is_near
+
+
+def await_place(ledger: Ledger) -> None:
+    answered = threading.Event()
+    actor = backend(ledger).actor
+    actor.place.remote().future().add_done_callback(lambda _: answered.set())
+    assert answered.wait(60)
+    # Calls of one handle may end in any order: give the one before this time to be taken in.
+    deadline = time.monotonic() + 5
+    while backend(ledger)._reader is None and time.monotonic() < deadline:
+        if backend(ledger)._place() != ray_place(actor):
+            return
+        time.sleep(0.01)
+
+
+def ray_place(actor: Any) -> Any:
+    import ray
+
+    return ray.get(actor.place.remote())
 
 
 def test_handles_that_are_opened_at_once_share_one_writer(ray_cluster: Any, own: Home) -> None:

@@ -61,13 +61,13 @@ def test_what_cannot_be_read_is_said_with_its_position(text: str, expected: str)
 
 
 def test_values_that_do_not_compare_are_an_error() -> None:
-    with pytest.raises(WorkflowError, match="null and 0.7 do not compare"):
+    with pytest.raises(WorkflowError, match=r"null and 0\.7 do not compare"):
         parse("$a > 0.7").refusal(None)
 
 
 LITERALS = st.one_of(
     st.integers(-5, 5),
-    st.floats(-5, 5, allow_nan=False).map(lambda x: round(x, 3)),
+    st.floats(-5, 5, allow_nan=False).map(lambda x: round(x, 1)),
     st.sampled_from([True, False, None, "a", "b c"]),
 )
 CONDITIONS = st.builds(
@@ -97,7 +97,7 @@ def test_a_contradiction_is_found_exactly_when_no_value_fulfils_all(
     conditions: list[Condition],
 ) -> None:
     """The oracle tries a fine grid, and a good many other values."""
-    values: list[Any] = [n / 2000 for n in range(-12_000, 12_001)]
+    values: list[Any] = [n / 20 for n in range(-120, 121)]
     values += [True, False, None, "", "a", "aa", "b c", "b d", "z"]
 
     def holds(condition: Condition, value: Any) -> bool:

@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from orchestration.bench import Bench
 
-from mlops_ray.config.workflow import Step, Workflow
-from mlops_ray.errors import StepError, WorkflowError
-from mlops_ray.metadata.access import open_ledger
+from mlops_ray.errors import StepError
 from mlops_ray.metadata.artifacts import open_artifacts
-from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.records import StepChange
-from mlops_ray.orchestration.executor import Executor
 from mlops_ray.orchestration.graph import build
 from mlops_ray.orchestration.plan import make_plan
 from mlops_ray.orchestration.spec import RunSpec
 
 HERE = "orchestration.sample_steps"
-
-
-class Bench:
-    """A home, a folder where steps leave marks, and the last executor."""
-
-    def __init__(self, project: Any, home: Home, marks: Path) -> None:
-        self.base = project
-        self.home = home
-        self.marks = marks
-
-    def project(self, **steps: dict[str, Any]) -> Any:
-        made = {}
-        for name, step in steps.items():
-            inputs = {"marks": str(self.marks)} if step.pop("marks", False) else {}
-            step = step | {"with": inputs | step.get("with", {})}
-            made[name] = Step.model_validate(step)
-        workflow = Workflow(name="bench", steps=made)
-        update = {"workflow": workflow, "home": self.home.root, "allow": ("orchestration",)}
-        return self.base.model_copy(update=update)
-
-    def run(self, project: Any) -> tuple[Any, dict[str, str], Executor]:
-        executor = Executor(RunSpec.of(project, directory=self.marks))
-        record = executor.run()
-        return record, self.states(record.run_id), executor
-
-    def states(self, run_id: str) -> dict[str, str]:
-        ledger = open_ledger(self.home)
-        return {step.name: step.status for step in ledger.steps(run_id)}
-
-    def count(self, name: str) -> int:
-        file = self.marks / name
-        return len(file.read_text()) if file.exists() else 0
-
-
-@pytest.fixture
-def bench(ray_cluster: Any, tiny_project: Any, home: Home, tmp_path: Path) -> Bench:
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    return Bench(tiny_project, home, marks)
 
 
 def chain() -> dict[str, dict[str, Any]]:
@@ -120,7 +77,7 @@ def test_an_effect_whose_code_or_inputs_changed_happens_again_on_resume(bench: B
     with pytest.raises(StepError) as caught:
         bench.run(project)
     older = StepChange(run_id=caught.value.run_id, name="effect", values={"key": "of older code"})
-    open_ledger(bench.home).apply([older])
+    bench.ledger.apply([older])
     bench.run(project)
     assert bench.count("effect") == 2
 
@@ -132,7 +89,7 @@ def test_a_fresh_run_does_not_go_on_with_an_old_one(bench: Bench) -> None:
     )
     with pytest.raises(StepError) as caught:
         bench.run(project)
-    record = Executor(RunSpec.of(project, directory=bench.marks)).run(fresh=True)
+    record = bench.executor(project).run(fresh=True)
     assert record.run_id != caught.value.run_id
     assert bench.count("effect") == 2
 
@@ -143,7 +100,7 @@ def test_plan_assumes_that_what_must_run_gives_what_it_gave(bench: Bench) -> Non
     project = bench.project(**steps)
     bench.run(project)
     artifacts = open_artifacts(bench.home)
-    plan = make_plan(RunSpec.of(project), build(project.workflow), open_ledger(bench.home), artifacts)
+    plan = make_plan(RunSpec.of(project), build(project.workflow), bench.ledger, artifacts)
     assert [s.state for s in plan.steps] == ["run", "cached"]
     assert "if numbers gives what it gave last" in plan.steps[1].reason
 
@@ -177,7 +134,7 @@ def test_an_input_of_the_wrong_type_is_named(bench: Bench) -> None:
 def test_a_corrupt_artifact_is_found_and_made_again(bench: Bench) -> None:
     steps = {k: v for k, v in chain().items() if k in ("numbers", "total")}
     bench.run(bench.project(**steps))
-    ledger = open_ledger(bench.home)
+    ledger = bench.ledger
     run = ledger.runs()[0]
     output = ledger.steps(run.run_id)[0].output
     assert output is not None
@@ -194,10 +151,10 @@ def test_plan_says_what_is_cached_without_running(bench: Bench) -> None:
     steps["numbers"]["with"] = {"count": 5}
     project = bench.project(**steps)
     artifacts = open_artifacts(bench.home)
-    plan = make_plan(RunSpec.of(project), build(project.workflow), open_ledger(bench.home), artifacts)
+    plan = make_plan(RunSpec.of(project), build(project.workflow), bench.ledger, artifacts)
     assert [s.state for s in plan.steps] == ["cached", "cached", "run", "depends"]
     changed = bench.project(
         **steps | {"numbers": {"uses": f"{HERE}.numbers", "with": {"count": 9}}}
     )
-    plan = make_plan(RunSpec.of(changed), build(changed.workflow), open_ledger(bench.home), artifacts)
+    plan = make_plan(RunSpec.of(changed), build(changed.workflow), bench.ledger, artifacts)
     assert [s.state for s in plan.steps] == ["run", "depends", "depends", "depends"]

@@ -135,7 +135,7 @@ def test_workflows_nest_to_any_depth_and_may_pass_through() -> None:
             {
                 "name": "w",
                 "steps": {
-                    "outer": {"workflow": middle, "with": {"day": "monday"}},
+                    "outer": {"workflow": middle, "with": {"day": {"name": "monday"}}},
                     "last": {
                         "uses": "mlops_ray.x.y",
                         "with": {"t": "$outer.table", "d": "$outer.day"},
@@ -145,7 +145,7 @@ def test_workflows_nest_to_any_depth_and_may_pass_through() -> None:
         )
     )
     assert graph.order == ("outer/deep/load", "outer/deep/clean", "last")
-    assert graph.step("last").inputs == {"t": "$outer/deep/clean", "d": "monday"}
+    assert graph.step("last").inputs == {"t": "$outer/deep/clean", "d": {"name": "monday"}}
     assert graph.scopes("outer/deep/load") == ("", "outer", "outer/deep")
 
 

@@ -31,6 +31,8 @@ MINUTE = timedelta(minutes=1)
 
 
 def trigger(**values: Any) -> Trigger:
+    if values.get("overlap") == "allow":
+        values.setdefault("overrides", ["until={at}"])
     return Trigger.model_validate({"workflow": "train", "event": "e", **values})
 
 
@@ -71,6 +73,12 @@ def test_overlap(overlap: str, alone: dict[str, str], behind: dict[str, str]) ->
     declared = trigger(overlap=overlap)
     assert planned(declared, firing(3), firing(2)) == alone
     assert planned(declared, firing(3), RUNNING, firing(2)) == behind
+
+
+def test_nothing_new_goes_while_another_trigger_runs_the_same() -> None:
+    assert planned(trigger(), firing(2), busy=True) == {}
+    assert planned(trigger(overlap="skip"), firing(2), busy=True) == {}
+    assert planned(trigger(), firing(1, attempt=1), firing(2), busy=True) == {"1": "submit"}
 
 
 def test_schedules_skip_and_the_rest_queues() -> None:
@@ -210,6 +218,7 @@ def test_a_run_notes_which_firing_it_is_of(tmp_path: Any, monkeypatch: pytest.Mo
         ({"commit": "--all"}, "pattern"),
         ({"cron": "@daily", "catch_up": "all"}, "queue"),
         ({"overrides": ["workflow=x"]}, "key of its own"),
+        ({"overlap": "allow"}, "differs each time"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(values: dict[str, Any], words: str) -> None:
