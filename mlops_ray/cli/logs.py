@@ -26,7 +26,7 @@ _NOT_OVER = ("pending", "running")
 _MOST_RUNS = 10_000
 
 
-@click.command(short_help="Show what a run's steps printed, or its events; follow them with -f.")
+@click.command(short_help="Show what a run's steps printed, or its events.")
 @click.argument("run")
 @click.argument("step", required=False)
 @click.option("--item", type=click.IntRange(0), help="Only this call of a mapped step.")

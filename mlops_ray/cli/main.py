@@ -24,6 +24,8 @@ Examples:
   mlops-ray run workflow=train project=flights training.epochs=2
   mlops-ray run workflow=train project=flights training.learning_rate=3e-3,1e-3 -m
   mlops-ray features get weather origin=JFK project=flights
+  mlops-ray lineage flights@champion --svg lineage.svg
+  mlops-ray reproduce flights@7
   ray job submit --working-dir . -- mlops-ray run workflow=train project=flights
 """
 
@@ -44,11 +46,11 @@ class Verbs(click.Group):
         "status": "mlops_ray.cli.status:status",
         "logs": "mlops_ray.cli.logs:logs",
         "models": "mlops_ray.cli.models:models",
-        "gc": "mlops_ray.cli.gc:gc",
-        "triggers": "mlops_ray.cli.triggers:triggers",
         "lineage": "mlops_ray.cli.lineage:lineage",
         "reproduce": "mlops_ray.cli.reproduce:reproduce",
         "rerun": "mlops_ray.cli.reproduce:rerun",
+        "gc": "mlops_ray.cli.gc:gc",
+        "triggers": "mlops_ray.cli.triggers:triggers",
         "doctor": "mlops_ray.cli.doctor:doctor",
     }
 

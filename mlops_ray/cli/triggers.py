@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlops_ray.config.project import Project
     from mlops_ray.config.triggers import Trigger
     from mlops_ray.metadata.ledger import Ledger
+    from mlops_ray.metadata.records import Firing
 
 _WAKE_UP_S = 0.5
 _PATIENCE_S = 30.0
@@ -105,7 +106,8 @@ def list_verb(overrides: tuple[str, ...], as_json: bool) -> None:
     from rich.console import Console
 
     columns = ("trigger", "workflow", "fires on", "next", "last", "status")
-    Console().print(_table(columns, rows))
+    short = [row | {name: _minute(row[name]) for name in ("next", "last")} for row in rows]
+    Console().print(_table(columns, short))
     if not watched["watched"]:
         click.secho("nobody watches: `mlops-ray triggers start`", fg="yellow")
     elif watched["url"]:
@@ -178,17 +180,16 @@ def history(name: str | None, overrides: tuple[str, ...], limit: int, as_json: b
 
     rows = [
         {
-            "at": f"{firing.at:%Y-%m-%d %H:%M:%S}",
+            "at": f"{firing.at.astimezone():%Y-%m-%d %H:%M:%S}",
             "trigger": firing.trigger,
             "status": firing.status,
             "attempt": firing.attempt or "",
-            "job": firing.job or "",
-            "run": runs.get(firing.key) or "",
-            "reason": firing.reason,
+            "run": runs.get(firing.key) or firing.job or "",
+            "why": _why(firing),
         }
         for firing in firings
     ]
-    columns = ("at", "trigger", "status", "attempt", "job", "run", "reason")
+    columns = ("at", "trigger", "status", "attempt", "run", "why")
     Console().print(_table(columns, rows))
 
 
@@ -254,10 +255,22 @@ def _row(ledger: Ledger, project: Project, name: str, trigger: Trigger) -> dict[
         "workflow": trigger.workflow,
         "fires on": _describe(trigger),
         "next": upcoming.isoformat(timespec="seconds") if upcoming else None,
-        "last": last.at.isoformat(timespec="seconds") if last else None,
+        "last": last.at.astimezone().isoformat(timespec="seconds") if last else None,
         "status": "paused" if paused else last.status if last else None,
         "trouble": _trouble(ledger, project, name),
     }
+
+
+def _why(firing: Firing) -> str:
+    """Return why it fired, and how it failed."""
+    lines = str(firing.data.get("log", "")).strip().splitlines()
+    errors = [line for line in lines if line.startswith("error:")]
+    failed = firing.status == "failed" and (errors or lines)
+    return f"{firing.reason}: {failed[-1]}" if failed else firing.reason
+
+
+def _minute(moment: str | None) -> str:
+    return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M %Z}" if moment else ""
 
 
 def _describe(trigger: Trigger) -> str:
@@ -322,7 +335,7 @@ def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, no_wrap=column not in ("fires on", "why"))
     for row in rows:
         table.add_row(*("" if row[c] is None else str(row[c]) for c in columns))
     return table

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -132,12 +132,9 @@ class Dispatcher:
             reason=f"webhook delivery {delivery}",
             data=data,
         )
-        with self._turn:
-            try:
-                if self._hold():
-                    return self._fire(name, trigger, occasion)
-            except LeaseError:
-                self._lease = None
+        # Not in turn: a sender does not wait while a tick waits for the job server.
+        with suppress(LeaseError):
+            return self._fire(name, trigger, occasion, self._held())
         raise ClusterError("another process acts on this project's triggers", where=self._name)
 
     def status(self) -> dict[str, Any]:
@@ -169,6 +166,11 @@ class Dispatcher:
         self._renewed_s = now_s
         return True
 
+    def _held(self) -> Lease:
+        if self._lease is None:
+            raise LeaseError("the lease was given back")
+        return self._lease
+
     # What happened
 
     def _look(self) -> None:
@@ -181,23 +183,22 @@ class Dispatcher:
                 cursor = self._cursor(name, trigger)
                 if outside or trigger.source not in ("data", "commit"):
                     for occasion in self._lookout.occasions(name, trigger, cursor):
-                        self._fire(name, trigger, occasion)
+                        self._fire(name, trigger, occasion, self._held())
 
     def _cursor(self, name: str, trigger: Trigger) -> Cursor:
         if name not in self._cursors:
-            assert self._lease is not None
             self._cursors[name] = open_cursor(
-                self._ledger, self._name, name, trigger, self._world, self._lease
+                self._ledger, self._name, name, trigger, self._world, self._held()
             )
         return self._cursors[name]
 
-    def _fire(self, name: str, trigger: Trigger, occasion: Occasion) -> bool:
+    def _fire(self, name: str, trigger: Trigger, occasion: Occasion, fence: Lease) -> bool:
         if not occasion.skip and is_paused(self._ledger, self._name, name, trigger):
             occasion = occasion.model_copy(update={"skip": "paused"})
         firing = firing_of(self._name, occasion)
-        new = self._ledger.fire(firing, fence=self._lease)
+        new = self._ledger.fire(firing, fence=fence)
         if new:
-            self._note(firing, firing.status)
+            self._note(firing, firing.status, fence)
         return new
 
     # What becomes of it
@@ -304,17 +305,17 @@ class Dispatcher:
         self._jobs.stop(firing.job)
 
     def _change(self, firing: Firing, **values: Any) -> None:
-        self._ledger.update_firing(firing.key, fence=self._lease, **values)
+        fence = self._held()
+        self._ledger.update_firing(firing.key, fence=fence, **values)
         status = values.get("status", firing.status)
         if status != firing.status:
-            self._note(
-                firing, status, **{k: v for k, v in values.items() if k in ("job", "attempt")}
-            )
+            told = {name: values[name] for name in ("job", "attempt") if name in values}
+            self._note(firing, status, fence, **told)
 
-    def _note(self, firing: Firing, status: str, **data: Any) -> None:
-        told = {"firing": firing.key, "trigger": firing.trigger, "reason": firing.reason, **data}
-        event = NewEvent(project=self._name, kind=f"firing_{status}", data=told)
-        self._ledger.apply([event], fence=self._lease)
+    def _note(self, firing: Firing, status: str, fence: Lease, **told: Any) -> None:
+        data = {"firing": firing.key, "trigger": firing.trigger, "reason": firing.reason, **told}
+        event = NewEvent(project=self._name, kind=f"firing_{status}", data=data)
+        self._ledger.apply([event], fence=fence)
 
     def _firings(self, status: str) -> list[Firing]:
         return self._ledger.firings(project=self._name, status=status, limit=_MOST_AT_ONCE)
@@ -332,6 +333,6 @@ class Dispatcher:
                 self._troubles[name] = text
                 data = {"trigger": name, "error": text}
                 event = NewEvent(project=self._name, kind="trigger_trouble", data=data)
-                self._ledger.apply([event], fence=self._lease)
+                self._ledger.apply([event], fence=self._held())
         else:
             self._troubles.pop(name, None)

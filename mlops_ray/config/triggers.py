@@ -100,8 +100,10 @@ class Trigger(Frozen):
 
     ``overlap`` says what becomes of a firing while an earlier one's job is not over: ``skip`` it,
     ``queue`` it, ``cancel`` the earlier, or ``allow`` both. None: ``skip`` for schedules, else
-    ``queue``. Firings of different triggers that run the same wait for each other. With ``debounce`` a firing waits until nothing new came for so long; with
-    ``min_interval`` it waits until so long after the last start; of those that wait, the newest goes.
+    ``queue``. Firings of different triggers that run the same wait for each other.
+
+    With ``debounce`` a firing waits until nothing new came for so long; with ``min_interval`` it
+    waits until so long after the last start; of those that wait, the newest goes.
 
     A job that fails is tried ``retries`` times more; each goes on from the run's finished steps.
     ``overrides`` may hold ``{at}``, the moment of the occasion.

@@ -18,7 +18,7 @@ from mlops_ray.config.check import allowed_packages
 from mlops_ray.config.project import Cluster
 from mlops_ray.config.workflow import Workflow
 from mlops_ray.errors import StepError
-from mlops_ray.metadata.access import open_ledger
+from mlops_ray.metadata.access import dismiss_writer, open_ledger
 from mlops_ray.metadata.artifacts import ArtifactRef
 from mlops_ray.metadata.digest import digest_json
 from mlops_ray.metadata.files import write_whole
@@ -128,6 +128,7 @@ def _answer(spec: RunSpec, error: str) -> Answer:
             )
     finally:
         ledger.close()
+        dismiss_writer(spec.home)
     return Answer(
         run_id=record.run_id, succeeded=record.status == "succeeded", error=error, steps=steps
     )

@@ -23,3 +23,12 @@ def open_ledger(home: Home) -> Ledger:
     from mlops_ray.metadata.writer import RemoteDatabase
 
     return Ledger(RemoteDatabase(home.ledger_url))
+
+
+def dismiss_writer(home: Home) -> None:
+    """End what the cluster keeps for the ledger of a home that nobody will open again."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        from mlops_ray.metadata.writer import dismiss
+
+        dismiss(home.ledger_url)

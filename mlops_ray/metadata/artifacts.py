@@ -55,9 +55,13 @@ def open_artifacts(home: Home) -> ArtifactStore:
     Raises:
         StorageError: The bucket's address cannot be used.
     """
-    if home.storage.artifacts is None:
+    address = home.storage.artifacts
+    if address is None:
         return ArtifactStore(FolderBlobs(home.artifacts))
-    return ArtifactStore(_bucket(home.storage.artifacts, home.root / "cache"))
+    if address.startswith("file://"):
+        # A folder that machines share; as a bucket it would show files that are half written.
+        return ArtifactStore(FolderBlobs(Path(address.removeprefix("file://"))))
+    return ArtifactStore(_bucket(address, home.root / "cache"))
 
 
 @lru_cache(maxsize=8)

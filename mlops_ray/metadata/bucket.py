@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 _TREE = ".tree"
+_ONE_REQUEST = "allow_delayed_open"
 _THREADS = 16
 _CACHE_BYTES = 50 << 30
 _IN_USE = timedelta(hours=6)
@@ -58,7 +59,7 @@ class BucketBlobs:
         from pyarrow import fs
 
         try:
-            files, prefix = fs.FileSystem.from_uri(address)
+            files, prefix = fs.FileSystem.from_uri(_with_one_request(address))
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise StorageError(
                 "the store of artifacts cannot be opened",
@@ -294,6 +295,13 @@ class BucketBlobs:
                 break
             if self._cache.collect(blob.digest, unused):
                 self._cached_bytes -= blob.size
+
+
+def _with_one_request(address: str) -> str:
+    """Let small objects go up in one request, not as uploads of several parts."""
+    if not address.startswith("s3:") or _ONE_REQUEST in address:
+        return address
+    return f"{address}{'&' if '?' in address else '?'}{_ONE_REQUEST}=true"
 
 
 def _moment(info: Any) -> datetime:

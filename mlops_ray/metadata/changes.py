@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mlops_ray.metadata.digest import digest_tree, tree_files
-
-if TYPE_CHECKING:
-    from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
+from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
+from mlops_ray.metadata.digest import digest_bytes, digest_file, digest_json
 
 SOURCE_VARIABLE = "MLOPS_RAY_SOURCE"
 SHIPPED = "mlops-ray-source.zip"
@@ -54,10 +50,38 @@ class SourceState:
     folder: str = "."
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What is not committed: files by their names in the tree, as bytes or where they lie."""
+
+    written: dict[str, bytes]
+    copied: dict[str, Path]
+
+    @property
+    def digest(self) -> str:
+        """The digest of the tree, found without making it."""
+        digests = {name: digest_bytes(data) for name, data in self.written.items()}
+        digests |= {name: digest_file(path) for name, path in self.copied.items()}
+        return digest_json(digests)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        copied = sum(path.stat().st_size for path in self.copied.values())
+        return copied + sum(map(len, self.written.values()))
+
+    def read(self) -> Iterator[tuple[str, bytes]]:
+        """Return the files of the tree, sorted by name."""
+        for name in sorted([*self.written, *self.copied]):
+            yield (
+                name,
+                (self.written[name] if name in self.written else self.copied[name].read_bytes()),
+            )
+
+
 def source_state(folder: Path) -> SourceState:
     """Return what a folder holds. One that was shipped to a cluster knows it from its submission."""
-    with _changes(folder) as (state, _):
-        return state
+    return _look(folder)[0]
 
 
 def keep_source(
@@ -68,9 +92,20 @@ def keep_source(
     Raises:
         StorageError: The store cannot be written.
     """
-    with _changes(folder) as (state, tree):
-        ref = artifacts.put(tree) if artifacts is not None and tree is not None else None
+    state, changes = _look(folder)
+    if artifacts is None or changes is None:
+        return state, None
+    ref = ArtifactRef(digest=changes.digest, kind="tree", size=changes.size)
+    if artifacts.verify(ref):
         return state, ref
+    with tempfile.TemporaryDirectory(prefix="mlops-ray-") as drafts:
+        for name, data in changes.read():
+            target = Path(drafts) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        ref = artifacts.put(Path(drafts))
+    # A file may have been saved since we looked.
+    return replace(state, dirty_digest=ref.digest), ref
 
 
 @contextmanager
@@ -81,58 +116,49 @@ def shipped(folder: Path) -> Iterator[dict[str, str]]:
     with it.
     """
     archive = folder / SHIPPED
-    with _changes(folder) as (state, tree):
-        variables = {SOURCE_VARIABLE: json.dumps(asdict(state))} if state.commit else {}
-        ours = tree is not None and not archive.exists()
-        if ours:
-            assert tree is not None
-            _pack(tree, archive)
+    state, changes = _look(folder)
+    ours = changes is not None and not archive.exists()
+    if ours and changes is not None:
+        _pack(changes, archive)
     try:
-        yield variables
+        yield {SOURCE_VARIABLE: json.dumps(asdict(state))} if state.commit else {}
     finally:
         if ours:
             archive.unlink(missing_ok=True)
 
 
-@contextmanager
-def _changes(folder: Path) -> Iterator[tuple[SourceState, Path | None]]:
-    """Give the state and a folder with the changes, None where there are none."""
-    with tempfile.TemporaryDirectory(prefix="mlops-ray-") as drafts:
-        tree = Path(drafts) / "changes"
-        tree.mkdir()
-        found = git(folder, "rev-parse", "--show-toplevel", "--show-prefix", "HEAD")
-        if found is None:
-            yield _told(folder, tree)
-            return
-        top, prefix, commit = found.decode().split("\n")[:3]
-        _collect(Path(top), tree)
-        inside = prefix.rstrip("/") or "."
-        if not tree_files(tree):
-            yield SourceState(commit, _CLEAN, inside), None
-        else:
-            yield SourceState(commit, digest_tree(tree), inside), tree
+def _look(folder: Path) -> tuple[SourceState, Changes | None]:
+    found = git(folder, "rev-parse", "--show-toplevel", "--show-prefix", "HEAD")
+    if found is None:
+        return _told(folder)
+    top, prefix, commit = found.decode().split("\n")[:3]
+    changes = _changes(Path(top))
+    inside = prefix.rstrip("/") or "."
+    if not (changes.written or changes.copied):
+        return SourceState(commit, _CLEAN, inside), None
+    return SourceState(commit, changes.digest, inside), changes
 
 
-def _told(folder: Path, tree: Path) -> tuple[SourceState, Path | None]:
+def _told(folder: Path) -> tuple[SourceState, Changes | None]:
     told = json.loads(os.environ.get(SOURCE_VARIABLE) or "{}")
     state = SourceState(told.get("commit"), told.get("dirty_digest"), told.get("folder", "."))
     if not (folder / SHIPPED).is_file():
         return state, None
     with zipfile.ZipFile(folder / SHIPPED) as archive:
-        archive.extractall(tree)
+        changes = Changes({name: archive.read(name) for name in archive.namelist()}, {})
     # The archive of another submission would be worse than none.
-    return state, tree if digest_tree(tree) == state.dirty_digest else None
+    return state, changes if changes.digest == state.dirty_digest else None
 
 
-def _collect(top: Path, tree: Path) -> None:
+def _changes(top: Path) -> Changes:
     excluded = [f"--exclude={pattern}" for pattern in _NOT_SOURCE]
     others = ("ls-files", "-z", "--others", "--exclude-standard", *excluded)
     with ThreadPoolExecutor(2) as pool:
         diff = pool.submit(git, top, "diff", *_PLAIN_DIFF, *_PREFIXES, "HEAD")
         untracked = pool.submit(git, top, *others)
-    if diff.result():
-        (tree / PATCH).write_bytes(diff.result() or b"")
+    written = {PATCH: diff.result() or b""}
     names = [os.fsdecode(name) for name in (untracked.result() or b"").split(b"\0") if name]
+    copied: dict[str, Path] = {}
     skipped: dict[str, dict[str, int]] = {}
     total = 0
     for name in names:
@@ -140,24 +166,22 @@ def _collect(top: Path, tree: Path) -> None:
         if not file.is_file():
             continue
         found = file.stat()
-        total += found.st_size
-        if found.st_size > _LARGEST_FILE_BYTES or total > _MOST_BYTES:
-            total -= found.st_size
+        if found.st_size > _LARGEST_FILE_BYTES or total + found.st_size > _MOST_BYTES:
             skipped[name] = {"size": found.st_size, "changed_ns": found.st_mtime_ns}
-            continue
-        target = tree / UNTRACKED / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        else:
+            copied[f"{UNTRACKED}/{name}"] = file
+            total += found.st_size
     if skipped:
-        (tree / SKIPPED).write_text(json.dumps(skipped, indent=1, sort_keys=True))
+        written[SKIPPED] = json.dumps(skipped, indent=1, sort_keys=True).encode()
+    return Changes({name: data for name, data in written.items() if data}, copied)
 
 
-def _pack(tree: Path, archive: Path) -> None:
+def _pack(changes: Changes, archive: Path) -> None:
     draft = archive.with_name(f".{archive.name}.{os.getpid()}")
     with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in tree_files(tree):
+        for name, data in changes.read():
             # With the time of a file, equal changes would make packages that differ.
-            packed.writestr(zipfile.ZipInfo(name), (tree / name).read_bytes())
+            packed.writestr(zipfile.ZipInfo(name), data)
     draft.replace(archive)
 
 

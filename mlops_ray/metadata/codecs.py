@@ -137,7 +137,7 @@ def _canonical(column: pa.ChunkedArray) -> pa.Array:
     import numpy as np
     import pyarrow as pa
 
-    return column.combine_chunks()
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
     width = _bytes_per_value(array.type)

@@ -109,8 +109,8 @@ def _document(title: str, lineage: Lineage, parts: list[str], width: float, heig
         f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">',
         f"<title>{escape(title)}</title>",
         f"<style>{_STYLE}</style>",
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-        'markerHeight="7" orient="auto"><path class="tip" d="M0 0L8 4L0 8Z"/></marker></defs>',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" '
+        'markerHeight="6" orient="auto"><path class="tip" d="M0 0L8 4L0 8Z"/></marker></defs>',
         f'<rect class="paper" width="{width:g}" height="{height:g}"/>',
         f'<text class="title" x="{_MARGIN:g}" y="36">{escape(title)}</text>',
         f'<text class="said" x="{_MARGIN:g}" y="56">{count}</text>',

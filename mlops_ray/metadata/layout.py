@@ -104,7 +104,10 @@ def _backward(names: list[str], edges: Iterable[Edge]) -> set[Edge]:
 
 
 def _layers(names: list[str], edges: list[Edge]) -> dict[str, int]:
-    """Return the longest path to each node; what nothing leads to stands beside what it leads to."""
+    """Return the longest path to each node, then move each as near as can be to what it leads to.
+
+    Else all that begins in the same place would stand in one long layer.
+    """
     above: dict[str, list[str]] = defaultdict(list)
     below: dict[str, list[str]] = defaultdict(list)
     for source, target in edges:
@@ -119,8 +122,8 @@ def _layers(names: list[str], edges: list[Edge]) -> dict[str, int]:
             waiting[target] -= 1
             if not waiting[target]:
                 ready.append(target)
-    for name in names:
-        if below[name] and not above[name]:
+    for name in reversed(ready):
+        if below[name]:
             layer[name] = min(layer[other] for other in below[name]) - 1
     return layer
 

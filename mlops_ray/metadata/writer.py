@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -40,7 +41,9 @@ _CALLS_AT_ONCE = 32
 _MOST_IN_ONE_COMMIT = 64
 _AWAY = (RayActorError, GetTimeoutError, ActorHandleNotFoundError, RaySystemError, RpcError)
 _ANSWER_S = 2 * PATIENCE_S
+_AWAY_S = 2 * PATIENCE_S
 _LONGEST_PAUSE_S = 0.5
+_NOTHING = object()
 
 
 class Writer:
@@ -104,11 +107,11 @@ class Writer:
 
 
 class RemoteDatabase:
-    """A database behind the cluster's writer. Calls wait while the writer is being restarted.
+    """A database behind the cluster's writer.
 
-    Processes on the writer's node read the file themselves: readers do not disturb SQLite. The
-    process that starts the writer also writes by itself until the writer answers; so does one whose
-    connection to Ray has ended.
+    Processes on the writer's node read the file themselves, for readers do not disturb SQLite, and
+    write to it themselves while the writer is away; those on other nodes wait. The process that
+    starts the writer does not wait for it either, nor does one whose connection to Ray has ended.
 
     Args:
         url: SQLAlchemy URL of a SQLite file.
@@ -116,12 +119,14 @@ class RemoteDatabase:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._name = f"ledger/{_short(f'{url} {REVISION} {_PROTOCOL}')}"
+        self._name = _name_of(url)
         self._lock = threading.Lock()
         self._alone: Database | None = None
-        self._reader: Database | None = None
-        self._met = False
+        self._beside: Database | None = None
+        self._is_near = False
+        self._is_met = False
         self.actor = self._find(create=True)
+        self._meet()
 
     def write(self, operation: str, *arguments: Any) -> Any:
         """Do an operation in one transaction; on return it is durable.
@@ -132,7 +137,15 @@ class RemoteDatabase:
         if (own := self._directly()) is not None:
             return own.write(operation, *arguments)
         request = Request(operation, arguments, uuid.uuid4().hex)
-        return self._ask(lambda actor, again: actor.write.remote(request._replace(again=again)))
+
+        def send(again: bool) -> Any:
+            return ray.get(self.actor.write.remote(_sent(request, again)), timeout=_ANSWER_S)
+
+        def do() -> Any:
+            own = self._at_hand()
+            return _NOTHING if own is None else own.write_all([_sent(request, True)])[0]
+
+        return self._ask(send, do)
 
     def read(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         """Return the rows of a query.
@@ -140,37 +153,43 @@ class RemoteDatabase:
         Raises:
             LedgerError: The database refuses, or the writer does not answer.
         """
-        own = self._directly() or self._reader
+        own = self._directly() or self._at_hand()
         if own is not None:
             return own.read(query, *arguments)
-        self._meet(self.actor)
-        found: list[dict[str, Any]] = self._ask(
-            lambda actor, _again: actor.read.remote(query, arguments)
-        )
+
+        def send(_again: bool) -> Any:
+            return ray.get(self.actor.read.remote(query, arguments), timeout=_ANSWER_S)
+
+        found: list[dict[str, Any]] = self._ask(send, lambda: _NOTHING)
         return found
 
     def close(self) -> None:
         """Close the connections of this process; the writer keeps its own."""
         with self._lock:
-            for own in (self._alone, self._reader):
+            for own in (self._alone, self._beside):
                 if own is not None:
                     own.close()
 
-    def _ask(self, send: Any) -> Any:
-        deadline, pause, again = time.monotonic() + PATIENCE_S, 0.02, False
+    def _ask(self, send: Callable[[bool], Any], do: Callable[[], Any]) -> Any:
+        """Ask the writer; while it is away, ``do`` it here where that is possible, or wait."""
+        deadline, pause, again = time.monotonic() + _AWAY_S, 0.02, False
         while True:
             try:
                 if again:
-                    self._part()
                     self.actor = self._find(create=False)
-                reply = ray.get(send(self.actor, again), timeout=_ANSWER_S)
+                reply = send(again)
                 break
             except _AWAY as error:
+                self._is_met = False
+                if (reply := do()) is not _NOTHING:
+                    break
                 if time.monotonic() > deadline:
                     raise self._silent(error) from error
             again = True
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+        if not self._is_met:
+            self._find_again()
         if isinstance(reply, Exception):
             raise reply
         return reply
@@ -185,9 +204,11 @@ class RemoteDatabase:
         )
 
     def _directly(self) -> Database | None:
-        if self._alone is None and not ray.is_initialized():
+        if not ray.is_initialized():
             with self._lock:
                 self._alone = self._alone or Database(self._url)
+        elif self._alone is not None and not self._is_met:
+            self._meet()
         return self._alone
 
     def _find(self, *, create: bool) -> Any:
@@ -212,37 +233,59 @@ class RemoteDatabase:
             return ray.get_actor(self._name, namespace=NAMESPACE)
         with self._lock:
             self._alone = self._alone or Database(self._url, create=create)
-        self._met = False
-        self._meet(actor)
         return actor
 
-    def _meet(self, actor: Any) -> None:
+    def _find_again(self) -> None:
+        with contextlib.suppress(*_AWAY):
+            self.actor = self._find(create=False)
+            self._meet()
+
+    def _meet(self) -> None:
         """Ask the writer where it is, without waiting for the answer."""
-        with self._lock:
-            if self._met:
-                return
-            self._met = True
-        actor.place.remote().future().add_done_callback(self._leave_to_writer)
+        with contextlib.suppress(*_AWAY):
+            self._is_met = True
+            self.actor.place.remote().future().add_done_callback(self._leave_to_writer)
 
     def _leave_to_writer(self, answer: Future[tuple[str, int]]) -> None:
-        """Stop to write by oneself; read by oneself where the writer's file is at hand."""
-        is_near = answer.exception() is None and answer.result() == self._place()
+        """Stop to write alone, and see whether the writer's file is at hand."""
+        if answer.exception() is not None:
+            self._is_met = False
+            return
+        is_near = answer.result() == self._place()
         with self._lock:
-            own, self._alone = self._alone, None
-            if is_near and self._reader is None:
-                self._reader, own = own or Database(self._url), None
-        if own is not None:
-            own.close()
+            self._is_near = is_near
+            owned = [self._alone, self._beside]
+            self._alone = None
+            self._beside = (
+                next((own for own in owned if own is not None), None) if is_near else None
+            )
+        for own in owned:
+            if own is not None and own is not self._beside:
+                own.close()
 
-    def _part(self) -> None:
-        with self._lock:
-            self._met = False
-            own, self._reader = self._reader, None
-        if own is not None:
-            own.close()
+    def _at_hand(self) -> Database | None:
+        """Return the writer's database, where its file is on this node."""
+        if self._is_near and self._beside is None:
+            with self._lock:
+                self._beside = self._beside or Database(self._url)
+        return self._beside
 
     def _place(self) -> tuple[str, int]:
         return ray.get_runtime_context().get_node_id(), _file_number(self._url)
+
+
+def _sent(request: Request, again: bool) -> Request:
+    return request._replace(again=again)
+
+
+def dismiss(url: str) -> None:
+    """End the writer of a ledger that nobody will open again; nothing happens where there is none."""
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor(_name_of(url), namespace=NAMESPACE))
+
+
+def _name_of(url: str) -> str:
+    return f"ledger/{_short(f'{url} {REVISION} {_PROTOCOL}')}"
 
 
 def _file_number(url: str) -> int:

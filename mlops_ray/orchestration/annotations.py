@@ -81,22 +81,24 @@ class Shape:
 
 
 class Annotations:
-    """Reads annotations in the source of some packages; all else is known by its name alone."""
+    """Reads annotations in the source of some packages, as it is when each module is first asked for;
+    all else is known by its name alone."""
 
     def __init__(self, packages: tuple[str, ...]) -> None:
         self._packages = packages
         self._shapes: dict[str, Shape | None] = {}
+        self._modules: dict[str, Module | None] = {}
 
     def gives(self, signature: signatures.Signature) -> Kind:
         """Return what a function returns."""
-        node, module = signature.node, module_of(signature.module)
+        node, module = signature.node, self._module(signature.module)
         if module is None or not isinstance(node, ast.FunctionDef):
             return ANYTHING
         return self._read(node.returns, module) if node.returns is not None else ANYTHING
 
     def takes(self, signature: signatures.Signature, parameter: str) -> Kind:
         """Return what a function takes for a parameter."""
-        node, module = signature.node, module_of(signature.module)
+        node, module = signature.node, self._module(signature.module)
         if module is None or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             return ANYTHING
         arguments = node.args
@@ -107,7 +109,7 @@ class Annotations:
 
     def decorators(self, signature: signatures.Signature) -> frozenset[str]:
         """Return the canonical names of a function's decorators."""
-        node, module = signature.node, module_of(signature.module)
+        node, module = signature.node, self._module(signature.module)
         if module is None or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             return frozenset()
         chains = (chain_of(_callee(decorator)) for decorator in node.decorator_list)
@@ -116,7 +118,7 @@ class Annotations:
     def calls(self, signature: signatures.Signature) -> Iterator[tuple[str, int]]:
         """Yield the canonical name and the line of each call in a function's body; of a method of a
         value that is not known, the name is ``?.method``."""
-        node, module = signature.node, module_of(signature.module)
+        node, module = signature.node, self._module(signature.module)
         if module is None or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             return
         local = imports_of(node, module.package)
@@ -136,7 +138,7 @@ class Annotations:
 
     def _shape(self, name: str) -> Shape | None:
         place, _, last = name.rpartition(".")
-        module = module_of(place) if place and self._inside(place) else None
+        module = self._module(place) if place and self._inside(place) else None
         if module is None:
             return None
         nodes = [s.node for s in module.bound.get(last, ()) if isinstance(s.node, ast.ClassDef)]
@@ -262,10 +264,15 @@ class Annotations:
         """Split a dotted path into the module of ours that it leads to and the rest."""
         for length in range(len(path) - 1, 0, -1):
             name = ".".join(path[:length])
-            module = module_of(name) if self._inside(name) else None
+            module = self._module(name) if self._inside(name) else None
             if module is not None:
                 return module, path[length:]
         return None
+
+    def _module(self, name: str) -> Module | None:
+        if name not in self._modules:
+            self._modules[name] = module_of(name)
+        return self._modules[name]
 
     def _inside(self, module: str) -> bool:
         return any(module == name or module.startswith(f"{name}.") for name in self._packages)

@@ -33,6 +33,7 @@ _RUNTIME_FIELDS = frozenset(
         "env_vars",
         "excludes",
         "image_uri",
+        "java_jars",
         "mpi",
         "nsight",
         "pip",
@@ -78,6 +79,7 @@ class _Checker:
     def __post_init__(self) -> None:
         self._annotations = Annotations(self.packages)
         self._types = Compatibility(self._annotations)
+        self._found: dict[str, signatures.Signature | None] = {}
         self._broken = tuple(problem.path for problem in self.flat.problems)
 
     def check(self) -> None:
@@ -259,7 +261,10 @@ class _Checker:
 
     def _signature(self, step: Step) -> signatures.Signature | None:
         assert step.uses is not None
-        return signatures.find(step.uses) if is_allowed(step.uses, self.packages) else None
+        if step.uses not in self._found:
+            allowed = is_allowed(step.uses, self.packages)
+            self._found[step.uses] = signatures.find(step.uses) if allowed else None
+        return self._found[step.uses]
 
     def _is_broken(self, path: str) -> bool:
         return any(known == path or known.startswith(f"{path}.") for known in self._broken)

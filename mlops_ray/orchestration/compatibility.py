@@ -112,9 +112,6 @@ class Compatibility:
             return self._lists_fit(given, taken)
         if gives == takes == "object":
             return self._objects_fit(given, taken)
-        if gives == "object" and takes == "list":
-            shape = self._annotations.shape(given.name)
-            return shape is not None and "typing.NamedTuple" in shape.bases
         return gives == takes or self._converts(taken)
 
     def _converts(self, taken: Kind) -> bool:

@@ -70,7 +70,7 @@ class Condition:
         if bool(self._compare(value)) != self.negated:
             return None
         if isinstance(self.operand, Constant):
-            return f"{self} is false"
+            return f"{self} does not hold"
         return f"{self} is false: it is {_show(value)}"
 
     def constant_refusal(self) -> str | None:

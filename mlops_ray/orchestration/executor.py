@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -104,21 +105,24 @@ class Executor:
             ended_at=None,
             owner=lease.owner,
             config=self._spec.config,
-            provenance=self._provenance(),
+            provenance={},
             reason=self._spec.reason,
         )
         self._ledger.start_run(record, self._graph.order)
         return record, {}
 
     def _resume(self, previous: RunRecord, lease: Lease) -> tuple[RunRecord, dict[str, StepRecord]]:
-        self._ledger.resume_run(previous.run_id, lease.owner, self._provenance())
+        provenance = previous.provenance
+        self._ledger.resume_run(previous.run_id, lease.owner, provenance, fence=lease)
         update = {"status": "running", "owner": lease.owner, "ended_at": None}
         earlier = {step.name: step for step in self._ledger.steps(previous.run_id)}
         return previous.model_copy(update=update), earlier
 
-    def _provenance(self) -> dict[str, Any]:
+    def _keep_provenance(self, run_id: str, lease: Lease) -> dict[str, Any]:
         spec = self._spec
-        return collect(spec.directory, spec.config_digest, spec.seed, self._artifacts)
+        found = collect(spec.directory, spec.config_digest, spec.seed, self._artifacts)
+        self._ledger.resume_run(run_id, lease.owner, found, fence=lease)
+        return found
 
     # Running
 
@@ -145,17 +149,23 @@ class Executor:
         keeper = Keeper(
             self._ledger, lease, lost=lambda error: mailbox.put(Lost(error)), look=watch.look
         )
+        # It takes about as long as some tens of small steps; they need not wait for it.
+        aside = ThreadPoolExecutor(1, thread_name_prefix="provenance")
+        provenance = aside.submit(self._keep_provenance, run.run_id, lease)
         try:
             self._announce(recorder, earlier)
             scheduler.run()
             recorder.flush()
+            recorder.keep_provenance(provenance.result())
             self._finish(recorder, "succeeded", lease)
         except BaseException as error:
+            aside.shutdown()
             self._stop(scheduler, recorder, error, lease)
             if isinstance(error, Cancelled):
                 raise WorkflowError(f"run {run.run_id} was cancelled", why=str(error)) from None
             raise
         finally:
+            aside.shutdown()
             keeper.close()
             journal.close()
             crew.close()

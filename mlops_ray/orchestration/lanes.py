@@ -31,18 +31,21 @@ class Lanes:
             entry = (-work.step.priority, self._positions[work.name], work)
             heapq.heappush(self._ready, entry)
 
-    def startable(self, most: Callable[[], int]) -> Iterator[Work]:
+    def startable(self, cpus: Callable[[], int]) -> Iterator[Work]:
         """Yield steps of which a task may start now, the most urgent first; the caller starts it
         before it asks for the next one.
 
         Args:
-            most: Says how many tasks may run at once where the workflow does not say.
+            cpus: Says how many CPUs the cluster has: where the workflow does not say how many tasks
+                may run at once, as many as there are CPUs run; of those that ask for resources
+                twice as many are with Ray, so that it sees a demand for more nodes.
         """
         held = []
-        while self._ready and self._is_room(most):
+        while self._ready and self._is_room(cpus, 2):
             entry = heapq.heappop(self._ready)
             work = entry[-1]
-            while work.waiting and self._is_room(most) and self._has_room(work):
+            depth = 2 if _asks(work) else 1
+            while work.waiting and self._is_room(cpus, depth) and self._has_room(work):
                 yield work
             if work.waiting:
                 held.append(entry)
@@ -66,11 +69,11 @@ class Lanes:
         self._running.subtract(self._graph.scopes(work.name))
         self._groups.discard(self._group(work))
 
-    def _is_room(self, most: Callable[[], int]) -> bool:
+    def _is_room(self, cpus: Callable[[], int], depth: int) -> bool:
         declared = self._graph.limits.get("")
         if declared is not None:
             return self._tasks < declared
-        return self._tasks < _FEWEST_TASKS or self._tasks < most()
+        return self._tasks < _FEWEST_TASKS or self._tasks < depth * cpus()
 
     def _has_room(self, work: Work) -> bool:
         most, limits = work.step.max_parallel, self._graph.limits
@@ -86,3 +89,8 @@ class Lanes:
 
     def _group(self, work: Work) -> str:
         return "" if work.once else work.step.group or ""
+
+
+def _asks(work: Work) -> bool:
+    asked = work.step.resources
+    return bool(asked.num_cpus or asked.num_gpus or asked.custom)

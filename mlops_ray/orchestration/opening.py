@@ -214,13 +214,8 @@ class Opener:
 
     def _say_corrupt(self, record: StepRecord) -> None:
         assert record.output is not None
-        self._recorder.event(
-            "artifact_corrupt",
-            record.name,
-            record.item,
-            digest=record.output.digest,
-            found_by="cache",
-        )
+        digest = record.output.digest
+        self._recorder.lost(record.name, record.item, digest, found_by="cache")
 
 
 def _digests(call: dict[str, Any]) -> dict[str, Any]:

@@ -65,11 +65,6 @@ def unfinished_run(spec: RunSpec, ledger: Ledger) -> RunRecord | None:
     return found[0] if found and found[0].status != "succeeded" else None
 
 
-def done_effects(run: RunRecord | None, graph: Graph, ledger: Ledger) -> dict[str, StepRecord]:
-    """Return the effects that an unfinished run has had already, by step."""
-    return _before(run, graph, ledger)[0]
-
-
 def key_in(
     graph: Graph,
     name: str,
@@ -87,16 +82,6 @@ def key_in(
 def ensured(graph: Graph) -> frozenset[str]:
     """Return the steps that make a state so."""
     return frozenset(name for name in graph.order if graph.step(name).mode == "ensure")
-
-
-def intact(record: StepRecord | None, artifacts: ArtifactStore) -> ArtifactRef | None:
-    """Return a finished step's output, if its bytes are as they were; a corrupt one is removed."""
-    if record is None or record.output is None:
-        return None
-    if artifacts.verify(record.output):
-        return record.output
-    artifacts.discard(record.output.digest)
-    return None
 
 
 def _before(
@@ -129,7 +114,7 @@ class _Planner:
         item = self._planned(name)
         doubts = sorted(self.graph.needs[name] & self.assumed)
         if item.state in ("cached", "skipped") and doubts:
-            item = replace(item, reason=f"{item.reason}, if {_gives(doubts)} what it gave last")
+            item = replace(item, reason=f"{item.reason}, if {_repeats(doubts)}")
         if item.state == "run" and item.step.mode != "pure":
             item = replace(item, output=self._last(name))
             doubts = [name]
@@ -210,5 +195,6 @@ class _Planner:
         return output if output is not None and self.artifacts.verify(output) else None
 
 
-def _gives(names: list[str]) -> str:
-    return f"{', '.join(names)} gives" if len(names) == 1 else f"{', '.join(names)} each give"
+def _repeats(names: list[str]) -> str:
+    one = len(names) == 1
+    return f"{', '.join(names)} {'gives what it' if one else 'give what they'} gave last"

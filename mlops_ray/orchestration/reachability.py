@@ -40,22 +40,20 @@ def never_runs(graph: Graph) -> Iterator[Found]:
 
 
 def unused_outputs(graph: Graph, flat: Flat) -> Iterator[Found]:
-    """Yield the pure steps that lead to no effect and to no declared output. That is an error where
+    """Yield the pure steps whose output no step and no declared output takes. That is an error where
     the workflow around them declares its outputs, else a warning."""
-    useful = _leading_to(graph, {n for n in graph.order if graph.step(n).mode != "pure"})
-    for scope, outputs in flat.outputs.items():
-        named = {reference.step for reference in references.find(outputs)}
-        inside = _leading_to(graph, named) | useful
-        for name in graph.order:
-            around = name.rpartition("/")[0]
-            if around != scope or name in inside or _is_asked_outside(graph, name, scope):
-                continue
-            if outputs:
-                hint = "Use it, declare it under 'outputs', or take the step out."
-                yield "problem", Problem(graph.path(name), "nothing uses its output.", hint=hint)
-            else:
-                hint = "To keep it as a result, declare it under 'outputs'."
-                yield "warning", Problem(graph.path(name), "nothing uses its output.", hint=hint)
+    used = {other for name in graph.order for other in graph.needs[name]}
+    for outputs in flat.outputs.values():
+        used |= {reference.step for reference in references.find(outputs)}
+    for name in graph.order:
+        if name in used or graph.step(name).mode != "pure":
+            continue
+        if flat.outputs[name.rpartition("/")[0]]:
+            hint = "Use it, declare it under 'outputs', or take the step out."
+            yield "problem", Problem(graph.path(name), "nothing uses its output.", hint=hint)
+        else:
+            hint = "To keep it as a result, declare it under 'outputs'."
+            yield "warning", Problem(graph.path(name), "nothing uses its output.", hint=hint)
 
 
 def contradiction(conditions: Iterable[Condition]) -> list[str] | None:
@@ -76,7 +74,7 @@ def contradiction(conditions: Iterable[Condition]) -> list[str] | None:
 
 
 def _candidates(literals: list[Any]) -> Iterator[Any]:
-    numbers = [x for x in literals if isinstance(x, int | float) and not isinstance(x, bool)]
+    numbers = [int(x) if isinstance(x, bool) else x for x in literals if isinstance(x, int | float)]
     ordered = sorted({0, *numbers})
     yield from (True, False, None, "", "\x00", "\U0010ffff", ordered[0] - 1, ordered[-1] + 1)
     yield from ordered
@@ -90,21 +88,3 @@ def _holds(condition: Condition, value: Any) -> bool:
         return condition.refusal(value) is None
     except WorkflowError:
         return False
-
-
-def _leading_to(graph: Graph, goals: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    waiting = list(goals)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += graph.needs.get(name, ())
-    return found
-
-
-def _is_asked_outside(graph: Graph, name: str, scope: str) -> bool:
-    """Say whether a step outside the scope uses what leads from here, through declared outputs."""
-    prefix = f"{scope}/" if scope else ""
-    asked = {other for n in graph.order if not n.startswith(prefix) for other in graph.needs[n]}
-    return bool(scope) and name in _leading_to(graph, asked)

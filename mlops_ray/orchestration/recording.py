@@ -55,6 +55,7 @@ class Recorder:
         self._needs = needs
         self._trace = trace
         self._listener = listener
+        self._lost: set[str] = set()
         self._notified_s = 0.0
         self._shown_s = 0.0
 
@@ -152,6 +153,16 @@ class Recorder:
         if force or time.monotonic() - self._notified_s >= _NOTIFY_EVERY_S:
             self._notified_s = time.monotonic()
             self._listener(self.run, list(self.steps.values()))
+
+    def lost(self, step: str, item: int, digest: str, found_by: str) -> None:
+        """Say once that an output is missing or corrupt."""
+        if digest not in self._lost:
+            self._lost.add(digest)
+            self.event("artifact_corrupt", step, item, digest=digest, found_by=found_by)
+
+    def keep_provenance(self, provenance: dict[str, Any]) -> None:
+        """Keep what the run runs with; the ledger has it already."""
+        self.run = self.run.model_copy(update={"provenance": provenance})
 
     def end(self, status: RunStatus) -> None:
         """Keep that the run is over, for the listener."""

@@ -44,7 +44,7 @@ class Repair:
                 return []
             for maker in found:
                 self._enforce_repeatable(name, maker, digest)
-                self._recorder.event("artifact_corrupt", maker, digest=digest, found_by=name)
+                self._recorder.lost(maker, -1, digest, found_by=name)
             self._makers[digest] = found
             self._artifacts.discard(digest)
         return self._makers[digest]

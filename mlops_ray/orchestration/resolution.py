@@ -38,7 +38,9 @@ def key_of(
     """
 
     def given(reference: Reference) -> Given:
-        source = {"step": reference.step} | ({"part": list(reference.path)} if reference.path else {})
+        source = {"step": reference.step} | (
+            {"part": list(reference.path)} if reference.path else {}
+        )
         if reference.step in ensured:
             return Given({"$ensured": str(reference)}, source | {"ensured": True})
         argument = resolve(reference, outputs, artifacts)

@@ -102,7 +102,7 @@ class Scheduler:
         while not self._frontier.is_over:
             while names := self._frontier.take():
                 self._open(names)
-            for work in self._lanes.startable(self._crew.capacity):
+            for work in self._lanes.startable(self._crew.cpus):
                 self._submit(work)
             self._recorder.notify()
             if not self._frontier.is_over:
@@ -149,7 +149,7 @@ class Scheduler:
             self._enter(ticket, work)
 
     def _submit(self, work: Work) -> None:
-        items = [work.waiting.popleft() for _ in range(work.batch(self._crew.capacity))]
+        items = [work.waiting.popleft() for _ in range(work.batch(self._crew.cpus))]
         calls = []
         for item in items:
             self._attempts[work.name, item] += 1

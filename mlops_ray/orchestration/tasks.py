@@ -65,7 +65,7 @@ class Crew:
         self._groups: dict[str, Any] = {}
         self._tasks: dict[str, Any] = {}
         self._deliver = deliver
-        self._capacity = 0
+        self._cpus = 1
         self._looked_s = 0.0
 
     def submit(self, ticket: Ticket, step: Step, job: bytes) -> None:
@@ -115,15 +115,14 @@ class Crew:
             ray.kill(actor)
         self._groups.clear()
 
-    def capacity(self) -> int:
-        """Return how many tasks keep the cluster busy: twice its CPUs, as it is now."""
+    def cpus(self) -> int:
+        """Return how many CPUs the cluster has now; at least one."""
         import ray
 
         if time.monotonic() - self._looked_s > _LOOK_AT_CLUSTER_EVERY_S:
             self._looked_s = time.monotonic()
-            cpus = int(ray.cluster_resources().get("CPU", 0))
-            self._capacity = max(2 * cpus, 1)
-        return self._capacity
+            self._cpus = max(int(ray.cluster_resources().get("CPU", 0)), 1)
+        return self._cpus
 
     def _run(self, ticket: Ticket, step: Step, job: bytes) -> None:
         calls = pickle.dumps(ticket.calls)

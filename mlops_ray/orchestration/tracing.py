@@ -27,6 +27,7 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 _EXPORTERS = "OTEL_TRACES_EXPORTER"
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _ENTRY_POINTS = "opentelemetry_traces_exporter"
+_GOOD = ("succeeded", "cached", "skipped")
 _RUN_PATIENCE_S = 5.0
 _STEP_PATIENCE_S = 0.5
 _log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Trace:
 
     def _end(self, span: Span, status: str, error: str | None) -> None:
         code = self._otel.StatusCode
-        bad = error is not None or status in ("failed", "cancelled", "uncertain", "interrupted")
+        bad = error is not None or status not in _GOOD
         span.set_status(code.ERROR if bad else code.OK, error if bad else None)
         span.end()
 

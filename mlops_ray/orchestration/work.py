@@ -114,5 +114,5 @@ class Work:
         if alone or self.step.timeout is not None or self._call_s is None:
             return 1
         fitting = int(_BATCH_S / max(self._call_s, 1e-4))
-        fair = math.ceil(len(self.waiting) / (2 * lanes()))
+        fair = math.ceil(len(self.waiting) / (4 * lanes()))
         return max(1, min(fitting, fair, _LARGEST_BATCH))

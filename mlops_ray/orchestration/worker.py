@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from mlops_ray.config.targets import allow, load
 from mlops_ray.errors import MlopsRayError, StepError, WorkflowError
@@ -185,9 +185,12 @@ def _parameters(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    is_model = inspect.isclass(annotation) and issubclass(annotation, BaseModel)
-    config = None if is_model else ConfigDict(arbitrary_types_allowed=True)
-    return TypeAdapter(annotation, config=config)
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except (
+        PydanticUserError
+    ):  # models, dataclasses and TypedDicts have a configuration of their own
+        return TypeAdapter(annotation)
 
 
 def _read(value: Any, artifacts: ArtifactStore) -> Any:

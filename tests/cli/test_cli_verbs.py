@@ -24,7 +24,10 @@ from mlops_ray.metadata.records import RunRecord, StepChange
 from mlops_ray.orchestration.load import load_project
 
 ROOT = Path(__file__).parents[2]
-VERBS = ["init", "check", "plan", "run", "submit", "features", "status", "models", "doctor"]
+VERBS = [
+    *("init", "check", "plan", "run", "submit", "why", "cancel", "resolve", "features", "status"),
+    *("logs", "models", "lineage", "reproduce", "gc", "triggers", "doctor"),
+]
 HEAVY = ["ray", "torch", "mlflow", "pyarrow", "numpy", "sqlalchemy", "hydra", "deltalake", "scipy"]
 NAME = "late_orders"
 

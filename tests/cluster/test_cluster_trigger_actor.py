@@ -20,8 +20,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from mlops_ray.cli.init import write_project
 from mlops_ray.cluster import trigger_actor
 from mlops_ray.cluster.triggers import TriggersSpec
+from mlops_ray.config.locate import open_workspace
 from mlops_ray.errors import ClusterError
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.metadata.access import open_ledger
@@ -29,20 +31,20 @@ from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Firing, RunRecord
 from mlops_ray.orchestration.jobs import JobCommand, RayJobs
+from mlops_ray.orchestration.load import load_project
 from mlops_ray.orchestration.triggers import by_hand
 
 PATIENCE_S = 60.0
 SECRET = "MLOPS_RAY_TEST_SECRET"
 SCRIPT = """
 import json, os, sys, time
-home, attempt_of_failure = sys.argv[1], sys.argv[2]
+home = sys.argv[1]
 key = os.environ["MLOPS_RAY_FIRING"]
-line = json.dumps({"key": key, "reason": os.environ["MLOPS_RAY_REASON"], "argv": sys.argv[3:]})
+line = json.dumps({"key": key, "reason": os.environ["MLOPS_RAY_REASON"], "argv": sys.argv[2:]})
 log = os.open(os.path.join(home, "jobs.jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 os.write(log, line.encode() + b"\\n")
 while os.path.exists(os.path.join(home, "hold")):
     time.sleep(0.05)
-sys.exit(3 if "--fresh" in sys.argv and attempt_of_failure == "fail" else 0)
 """
 
 
@@ -77,14 +79,13 @@ class DeadlyJobs:
 
 
 class Bench:
-    def __init__(self, project: Any, triggers: dict[str, Any], *, fail: bool = False) -> None:
+    def __init__(self, project: Any, triggers: dict[str, Any]) -> None:
         webhook = {"port": 0, "secret": SECRET}
         document = project.model_dump(mode="json", by_alias=True)
         document |= {"triggers": triggers, "webhook": webhook}
         self.project = type(project).model_validate(document)
         self.home = Home(self.project.home)
         self.home.root.mkdir(parents=True, exist_ok=True)
-        self.fail = fail
         self.handle: Any = None
 
     @property
@@ -92,7 +93,7 @@ class Bench:
         return open_ledger(self.home)
 
     def start(self) -> dict[str, Any]:
-        argv = (sys.executable, "-c", SCRIPT, str(self.home.root), "fail" if self.fail else "pass")
+        argv = (sys.executable, "-c", SCRIPT, str(self.home.root))
         spec = TriggersSpec(
             project=self.project, directory=str(self.home.root), command=JobCommand(argv=argv)
         )
@@ -115,7 +116,7 @@ class Bench:
         os.replace(self.home.root / "draft", path)
 
     def firings(self) -> list[Firing]:
-        return self.ledger.firings(project="tiny")[::-1]
+        return self.ledger.firings(project=self.project.name, limit=1000)[::-1]
 
     def states(self) -> list[str]:
         return [firing.status for firing in self.firings()]
@@ -151,8 +152,8 @@ def bench(
 ) -> Iterator[Callable[..., Bench]]:
     monkeypatch.setenv(SECRET, "a secret")
 
-    def make(triggers: dict[str, Any], **options: Any) -> Bench:
-        made = Bench(tiny_project, triggers, **options)
+    def make(triggers: dict[str, Any]) -> Bench:
+        made = Bench(tiny_project, triggers)
         made.start()
         return made
 
@@ -190,16 +191,6 @@ def test_a_schedule_survives_the_death_of_its_actor(bench: Callable[..., Bench])
     assert moments == [f"until={firing.at:%Y-%m-%dT%H:%M:%SZ}" for firing in made.firings()]
     assert all(job["argv"][0] == "workflow=train" for job in jobs)
     assert all(job["reason"].startswith("trigger hourly (2") for job in jobs)
-
-
-def test_killed_again_and_again_each_firing_has_one_job(bench: Callable[..., Bench]) -> None:
-    made = bench({"button": {"workflow": "w", "overlap": "allow", "overrides": ["until={at}"]}})
-    for round in range(2):
-        made.ledger.fire(by_hand("tiny", "button", f"round {round}"))
-        time.sleep(1.2 * round)
-        made.kill()
-    made.wait(lambda: made.states() == ["succeeded"] * 2)
-    assert Counter(job["key"] for job in made.jobs()) == Counter(f.key for f in made.firings())
 
 
 def test_a_webhook_over_http_is_on_disk_when_it_is_answered(bench: Callable[..., Bench]) -> None:
@@ -282,15 +273,61 @@ def trigger_schema(project: Any) -> pa.Schema:
     return define(project.features, "facts").schema
 
 
-def test_a_failing_job_is_tried_again(bench: Callable[..., Bench]) -> None:
-    backoff = {"first": "100ms", "jitter": 0}
-    made = bench({"button": {"workflow": "w", "retries": 1, "backoff": backoff}}, fail=True)
-    made.ledger.fire(by_hand("tiny", "button", "ann"))
-    made.wait(lambda: made.states() == ["succeeded"])
-    (firing,) = made.firings()
-    assert firing.attempt == 2
-    assert "exit code 3" in firing.data["message"]
-    assert ["--fresh" in job["argv"] for job in made.jobs()] == [True, False]
+FLAKY = """
+import os
+from mlops_ray.orchestration.context import Context
+
+def count(context: Context, seed: int) -> int:
+    with open(os.path.join(context.home.root, "counted"), "a") as file:
+        file.write("x")
+    return seed
+
+def flaky(context: Context, number: int) -> int:
+    marker = os.path.join(context.home.root, "failed")
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        raise RuntimeError("not yet")
+    return number
+"""
+TWO_STEPS = """
+name: two_steps
+steps:
+  count: {uses: shop.flaky.count, with: {seed: "${seed}"}}
+  flaky: {uses: shop.flaky.flaky, with: {number: $count}, mode: effect}
+"""
+
+
+def test_a_real_run_that_fails_goes_on_in_the_next_attempt(
+    ray_cluster: Any, tmp_path: Path, home: Home
+) -> None:
+    write_project(tmp_path / "shop", "shop", "shop")
+    (tmp_path / "shop" / "shop" / "flaky.py").write_text(FLAKY)
+    workflow = tmp_path / "shop" / "configs" / "workflow" / "two_steps.yaml"
+    workflow.parent.mkdir()
+    workflow.write_text(TWO_STEPS)
+    trigger = "{workflow: two_steps, overrides: ['seed=5'], retries: 1, backoff: {first: 1s}}"
+    overrides = [f"home={home.root}", f"+triggers.button={trigger}"]
+    workspace = open_workspace(tmp_path / "shop")
+    project = load_project(workspace, overrides)
+    spec = trigger_actor.spec_of(workspace, project, overrides)
+    trigger_actor.ensure(home, spec)
+    ledger = open_ledger(home)
+    try:
+        fired = by_hand("shop", "button", "ann")
+        ledger.fire(fired)
+        give_up_s = time.monotonic() + 2 * PATIENCE_S
+        while (firing := ledger.firings(key=fired.key)[0]).status in ("due", "submitted"):
+            assert time.monotonic() < give_up_s, firing
+            time.sleep(0.2)
+    finally:
+        trigger_actor.stop("shop")
+    assert (firing.status, firing.attempt) == ("succeeded", 2), firing
+    assert "not yet" in firing.data["log"]
+    (run,) = ledger.runs(project="shop")
+    assert (run.status, run.reason) == ("succeeded", "trigger button (by hand, ann)")
+    assert (home.root / "counted").read_text() == "x"
+    told = ledger.events(run_id=run.run_id, kind="triggered")
+    assert {event.data["firing"] for event in told} == {fired.key}
 
 
 def test_overlap(bench: Callable[..., Bench]) -> None:

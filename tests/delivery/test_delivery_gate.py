@@ -12,7 +12,7 @@ from mlops_ray.delivery import steps
 from mlops_ray.delivery.gate import decide, gain
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import GateDecision, ModelVersion, Report
-from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.context import Context, Silent
 
 SHARES = st.floats(0, 1)
 
@@ -112,15 +112,9 @@ def test_a_metric_that_is_no_number_never_passes(field):
     assert not decide(broken, None, Gate()).passed
 
 
-class Events:
+class Events(Silent):
     def __init__(self) -> None:
         self.found: list[tuple[str, dict[str, Any]]] = []
-
-    def progress(self, **_: Any) -> None: ...
-
-    def metric(self, name: str, value: float) -> None: ...
-
-    def param(self, name: str, value: Any) -> None: ...
 
     def event(self, kind: str, **data: Any) -> None:
         self.found.append((kind, data))

@@ -219,6 +219,7 @@ def test_everything_from_source_to_model_is_above_it(trained: Trained, joined: A
     graph = read_lineage(ledger)
     ledger.close()
     above = graph.reach([f"model:{NAME}@1"], "up")
+    assert f"step:{trained.run_id}/promote" in graph.reach([f"source:{NAME}/orders"], "down")
     steps = ("extract", "materialize", *AGAIN, "register")
     assert {f"step:{trained.run_id}/{step}" for step in steps} <= above
     assert {f"source:{NAME}/orders", f"view:{NAME}/courier_latest@0"} <= above

@@ -29,9 +29,16 @@ REPORT = Report(rows=10, positives=5, auc=0.7, log_loss=0.6, calibration_error=0
 @dataclass
 class Recorder(Silent):
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    links: list[tuple[str, str, str]] = field(default_factory=list)
 
     def event(self, kind: str, **data: Any) -> None:
         self.events.append((kind, data))
+
+    def reads(self, kind: str, name: str) -> None:
+        self.links.append(("reads", kind, name))
+
+    def writes(self, kind: str, name: str) -> None:
+        self.links.append(("writes", kind, name))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +69,10 @@ def test_aliases_are_served_and_missing_ones_recorded(
     endpoint = deploy(context, PROJECT, serving, shop.features(), ["champion", "first"])
     assert endpoint.versions == {"champion": 1}
     assert [kind for kind, _ in recorder.events] == ["alias_not_set", "deployment"]
+    assert recorder.links == [
+        ("reads", "model", f"{PROJECT}@1"),
+        ("writes", "deployment", PROJECT),
+    ]
     client = Client(endpoint)
     assert client.predict([shop.ROW]).version == 1
 

@@ -1,5 +1,7 @@
 """The ledger's writer is killed while many write: nothing acknowledged is lost, nothing doubled.
 
+Half of the clients have its file at hand and go on by themselves; the others wait for it.
+
 ``python -m faults.kill_ledger --kills 30``, in ``tests`` with ``PYTHONPATH=..``
 """
 
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from mlops_ray.cluster.connect import prepare_environment
-from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.home import Home, Storage
 from mlops_ray.metadata.ledger import Ledger
 
@@ -26,9 +27,10 @@ from mlops_ray.metadata.ledger import Ledger
 class Client:
     """A thread that appends events and counts in a lease, and remembers what was acknowledged."""
 
-    def __init__(self, home: Home, name: str) -> None:
-        self._ledger = open_ledger(home)
+    def __init__(self, ledger: Ledger, name: str) -> None:
+        self._ledger = ledger
         self._name = name
+        self.error: BaseException | None = None
         self._stopped = threading.Event()
         self.acknowledged: list[int] = []
         self.tokens: list[int] = []
@@ -38,15 +40,23 @@ class Client:
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
+        if self.error is not None:
+            raise self.error
 
     def _work(self) -> None:
-        number = 0
-        while not self._stopped.is_set():
-            self._ledger.append("shop", "count", {"by": self._name, "n": number})
-            self.acknowledged.append(number)
-            number += 1
-            if number % 10 == 0:
-                self.tokens.append(self._ledger.acquire(self._name, "me", 600).token)
+        try:
+            number = 0
+            while not self._stopped.is_set():
+                self._write(number)
+                number += 1
+        except BaseException as error:
+            self.error = error
+
+    def _write(self, number: int) -> None:
+        self._ledger.append("shop", "count", {"by": self._name, "n": number})
+        self.acknowledged.append(number)
+        if number % 10 == 9:
+            self.tokens.append(self._ledger.acquire(self._name, "me", 600).token)
 
 
 def run(home: Home, kills: int, *, clients: int = 8, seed: int = 0) -> int:
@@ -55,10 +65,18 @@ def run(home: Home, kills: int, *, clients: int = 8, seed: int = 0) -> int:
 
     from mlops_ray.metadata.writer import RemoteDatabase
 
+    class Far(RemoteDatabase):
+        """A process on another node, which cannot write itself while the writer is away."""
+
+        def _place(self) -> tuple[str, int]:
+            return "another node", 1
+
     chance = random.Random(seed)
     actor = RemoteDatabase(home.ledger_url).actor
     ray.get(actor.pid.remote())
-    writing = [Client(home, f"client-{number}") for number in range(clients)]
+    kinds = [RemoteDatabase, Far]
+    ledgers = [Ledger(kinds[number % 2](home.ledger_url)) for number in range(clients)]
+    writing = [Client(ledger, f"client-{number}") for number, ledger in enumerate(ledgers)]
     for _ in range(kills):
         time.sleep(chance.uniform(0.02, 0.4))
         kill(actor)

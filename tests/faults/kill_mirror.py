@@ -57,6 +57,8 @@ class Server:
                 [sys.executable, "-m", "mlflow", "server", *options, *where],
                 stdout=log,
                 stderr=log,
+                # Its queue of background jobs takes longer to start than all the rest.
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 start_new_session=True,
             )
         for _ in range(600):

@@ -45,7 +45,7 @@ while True:
         value = pa.table({"n": np.arange(rows) + number, "seed": [sys.argv[3]] * rows})
     print(store.put(value).model_dump_json(), flush=True)
 """
-LONGEST_S = 0.6
+LONGEST_S = 1.5
 
 
 def run(folder: Path, where: str, kills: int, seed: int = 0) -> str:

@@ -1,7 +1,8 @@
 """Faults of the disk below a SQLite ledger: locked, full, read-only, damaged.
 
 Each is found in words, and what was acknowledged before is there afterwards. They run in a process
-of their own, because they need limits or an account that the tests' process must not have.
+of their own, because they need limits or an account that the tests' process must not have:
+``python -m faults.ledger_disk damaged FOLDER``, in ``tests`` with ``PYTHONPATH=..``
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""PostgreSQL goes and comes back, and its connections are cut: nothing is lost, nothing doubled."""
+"""PostgreSQL goes and comes back, and its connections are cut: nothing is lost, nothing doubled.
+
+``python -m faults.postgres_outage --outages 20 --cuts 200``, in ``tests`` with ``PYTHONPATH=..``
+"""
 
 from __future__ import annotations
 
+import argparse
 import random
 import threading
 import time
 from collections import Counter
 
-from postgres_server import PostgresServer
+from postgres_server import PostgresServer, serve
 
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import NewEvent, StepChange
@@ -92,3 +96,18 @@ def _check(url: str, clients: list[Client]) -> int:
         assert client.tokens == list(range(1, len(client.tokens) + 1)), client.tokens
     ledger.close()
     return len(events)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--outages", type=int, default=20)
+    parser.add_argument("--cuts", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    for server in serve():
+        count = run(server, given.outages, given.cuts, seed=given.seed)
+        print(f"{given.outages} outages, {given.cuts} cuts, {count} events: all there")
+
+
+if __name__ == "__main__":
+    main()

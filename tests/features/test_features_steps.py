@@ -30,6 +30,13 @@ class Recorder(Silent):
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.metrics: dict[str, float] = {}
+        self.links: list[tuple[str, str, str]] = []
+
+    def reads(self, kind: str, name: str) -> None:
+        self.links.append(("reads", kind, name))
+
+    def writes(self, kind: str, name: str) -> None:
+        self.links.append(("writes", kind, name))
 
     def event(self, kind: str, **data: Any) -> None:
         self.events.append((kind, data))
@@ -111,6 +118,37 @@ def test_a_training_set_is_pinned_and_survives_upkeep(
     assert recorder.metrics["files_removed"] == sum(removed.values()) > 0
     labels = read_tables(cleaned)["visits"]
     assert training_set_of(manifest, shop.features, labels, store).equals(made)
+
+
+@pytest.mark.usefixtures("files")
+def test_steps_tell_what_they_read_and_made(
+    context: Context, recorder: Recorder, shop: SimpleNamespace
+) -> None:
+    def told(direction: str, kind: str) -> dict[str, int]:
+        found = [name for way, what, name in recorder.links if (way, what) == (direction, kind)]
+        recorder.links = [link for link in recorder.links if link[:2] != (direction, kind)]
+        return {name: int(version) for name, _, version in (n.partition("@") for n in found)}
+
+    raw = steps.extract(context, shop.features)
+    assert [n for _, _, n in recorder.links] == list(shop.features.sources)
+    recorder.links.clear()
+    cleaned = steps.clean(replace(context, step="clean"), shop.features, raw)
+    first = steps.materialize(context, shop.features, cleaned, shop.hour(40))
+    assert told("writes", "view") == first.versions
+    assert told("reads", "view") == {}
+    second = steps.materialize(context, shop.features, cleaned, shop.hour(60))
+    assert told("reads", "view") == first.versions
+    assert told("writes", "view") == second.versions
+    steps.training_set(context, shop.features, "buys", cleaned, first, shop.hour(40))
+    views = shop.features.services["buys"].views
+    assert told("reads", "view") == {view: first.versions[view] for view in views}
+    steps.materialize(context, shop.features, cleaned, shop.hour(60), advance=False)
+    assert told("reads", "view") == second.versions
+    compacted = steps.compact(context, shop.features)
+    assert told("reads", "view") == second.versions
+    changed = {view for view in compacted if compacted[view] != second.versions[view]}
+    assert told("writes", "view") == {view: compacted[view] for view in changed}
+    assert changed
 
 
 @pytest.mark.usefixtures("files")

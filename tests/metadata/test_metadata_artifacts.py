@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,14 @@ import torch
 from faults import kill_put
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metadata import stores
 from metadata.stores import address, open_store, start_server
 
 from mlops_ray.errors import ArtifactError, StorageError
 from mlops_ray.metadata import digest as digests
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore, open_artifacts
 from mlops_ray.metadata.home import Home, Storage
+from mlops_ray.metadata.retention import collect, judge
 from mlops_ray.metadata.types import GateDecision
 
 
@@ -370,6 +373,25 @@ def test_a_hit_puts_ageing_objects_anew(
     assert len(put) == 3
 
 
+def test_a_bucket_is_collected_but_not_the_files_of_a_tree_that_is_needed(
+    s3: str, tmp_path: Path
+) -> None:
+    store = open_store(address(s3, tmp_path.name), tmp_path / "cache")
+    for name in ("kept", "gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shared").write_bytes(b"in both")
+        (tmp_path / name / "own").write_text(name)
+    kept, unused = store.put(tmp_path / "kept"), store.put(tmp_path / "gone")
+    needs = dict.fromkeys(store.needs(kept), "it is needed")
+    now = datetime.now(UTC)
+    plan = list(judge(store.blobs.blobs(), needs, {}, now + timedelta(minutes=1)))
+    assert collect(store, plan, timedelta(days=1)) == []
+    removed = {verdict.blob.digest for verdict in collect(store, plan, timedelta(minutes=-1))}
+    assert removed == {unused.digest, digests.digest_bytes(b"gone")}
+    assert open_store(address(s3, tmp_path.name), tmp_path / "other").verify(kept)
+    assert not store.verify(unused)
+
+
 def test_the_cache_of_a_bucket_stays_small(s3: str, tmp_path: Path) -> None:
     store = open_store(address(s3, tmp_path.name), tmp_path / "cache")
     store.blobs._cache_bytes = 3000
@@ -402,6 +424,8 @@ def test_a_home_names_its_store(s3: str, tmp_path: Path) -> None:
     ref = open_artifacts(home).put({"a": 1})
     assert open_artifacts(Home(tmp_path, home.storage)).get(ref) == {"a": 1}
     assert not home.artifacts.exists()
+    shared = Home(tmp_path, Storage(artifacts=f"file://{tmp_path}/shared"))
+    assert open_artifacts(shared).path(ref.digest).is_relative_to(tmp_path / "shared")
     with pytest.raises(StorageError, match="cannot be opened"):
         open_artifacts(Home(tmp_path, Storage(artifacts="what://is/this")))
 
@@ -412,14 +436,6 @@ def test_a_bucket_that_is_gone_is_a_clear_error(s3: str, tmp_path: Path) -> None
         open_store(url, tmp_path).put({"a": 1})
 
 
-def _put_all(where: str, cache: Path, tree: Path, ready: Any) -> None:
-    store = open_store(where, cache)
-    ready.wait()
-    for number in range(12):
-        store.put({"number": number})
-    store.put(tree)
-
-
 def test_processes_that_put_the_same_at_once(where: str, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
@@ -428,7 +444,7 @@ def test_processes_that_put_the_same_at_once(where: str, tmp_path: Path) -> None
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(3)
     work = [
-        context.Process(target=_put_all, args=(where, tmp_path / "cache", tree, ready))
+        context.Process(target=stores.put_all, args=(where, tmp_path / "cache", tree, ready))
         for _ in range(3)
     ]
     for process in work:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pickle
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
-from mlops_ray.errors import LedgerError
+from mlops_ray.errors import LeaseError, LedgerError
+from mlops_ray.metadata import writer
 from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.database import Database
 from mlops_ray.metadata.home import Home, Storage
 from mlops_ray.metadata.ledger import Ledger
+from mlops_ray.metadata.records import NewEvent
+from mlops_ray.metadata.writer import RemoteDatabase, Writer
 
 
 @pytest.fixture
@@ -54,41 +57,88 @@ def test_writes_while_the_writer_starts_are_neither_lost_nor_out_of_order(
     assert len(other.events()) == count + 5
 
 
-@pytest.mark.parametrize("is_near", [True, False])
-def test_who_has_the_writers_file_at_hand_reads_it_himself(
-    is_near: bool, ray_cluster: Any, own: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlops_ray.metadata import writer
+class Far(RemoteDatabase):
+    """A process on another node."""
 
-    ray_cluster.get(backend(open_ledger(own)).actor.place.remote())
-    if not is_near:
-        # A file of the same name on another file system.
-        monkeypatch.setattr(writer, "_file_number", lambda url: -1)
-    ledger = open_ledger(own)
-    assert ledger.events() == []
-    await_place(ledger)
-    ledger.append("p", "k", {})
-    assert len(ledger.events()) == 1
-    assert (backend(ledger)._reader is not None) == is_near
+    def _place(self) -> tuple[str, int]:
+        return "another node", 1
 
 
-def await_place(ledger: Ledger) -> None:
-    answered = threading.Event()
-    actor = backend(ledger).actor
-    actor.place.remote().future().add_done_callback(lambda _: answered.set())
-    assert answered.wait(60)
-    # Calls of one handle may end in any order: give the one before this time to be taken in.
-    deadline = time.monotonic() + 5
-    while backend(ledger)._reader is None and time.monotonic() < deadline:
-        if backend(ledger)._place() != ray_place(actor):
-            return
-        time.sleep(0.01)
-
-
-def ray_place(actor: Any) -> Any:
+def handle(kind: type[RemoteDatabase], home: Home) -> Ledger:
+    """Open a ledger whose writer runs and has said where it is."""
     import ray
 
-    return ray.get(actor.place.remote())
+    ray.get(RemoteDatabase(home.ledger_url).actor.place.remote())
+    heard = threading.Event()
+
+    class Heard(kind):  # type: ignore[misc, valid-type]
+        def _leave_to_writer(self, answer: Any) -> None:
+            super()._leave_to_writer(answer)
+            heard.set()
+
+    made = Heard(home.ledger_url)
+    assert heard.wait(60)
+    return Ledger(made)
+
+
+@pytest.mark.parametrize("kind", [RemoteDatabase, Far])
+def test_who_has_the_writers_file_at_hand_reads_it_himself(
+    kind: type[RemoteDatabase], ray_cluster: Any, own: Home
+) -> None:
+    ledger = handle(kind, own)
+    ledger.append("p", "k", {})
+    assert len(ledger.events()) == 1
+    assert (backend(ledger)._beside is not None) == (kind is RemoteDatabase)
+
+
+def test_while_the_writer_is_away_who_has_its_file_at_hand_writes_himself(
+    ray_cluster: Any, own: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = handle(RemoteDatabase, own), handle(Far, own)
+    lease = near.acquire("w", "me", 600)
+
+    class Away:
+        def __getattr__(self, name: str) -> Any:
+            raise RayActorError
+
+    for ledger in (near, far):
+        backend(ledger).actor = Away()
+        monkeypatch.setattr(backend(ledger), "_find", lambda create: Away())
+    monkeypatch.setattr(writer, "_AWAY_S", 0.2)
+    near.apply([NewEvent(project="p", kind="k")], fence=lease)
+    assert near.acquire("w", "me", 600).token == 2
+    with pytest.raises(LeaseError):
+        near.apply([NewEvent(project="p", kind="k")], fence=lease)
+    for call in (lambda: far.append("p", "k", {}), far.events):
+        with pytest.raises(LedgerError, match="does not answer"):
+            call()
+    assert len(near.events()) == 1
+
+
+@pytest.mark.parametrize("kind", [RemoteDatabase, Far])
+def test_a_write_whose_reply_is_lost_is_answered_and_not_repeated(
+    kind: type[RemoteDatabase], ray_cluster: Any, own: Home
+) -> None:
+    ledger = handle(kind, own)
+    actor = backend(ledger).actor
+
+    class Dying:
+        """The writer dies between its commit and its reply."""
+
+        @property
+        def write(self) -> Any:
+            return self
+
+        def remote(self, request: Any) -> Any:
+            ray_cluster.get(actor.write.remote(request))
+            raise RayActorError
+
+    backend(ledger).actor = Dying()
+    assert ledger.acquire("w", "me", 600).token == 1
+    backend(ledger).actor = Dying()
+    ledger.append("p", "k", {})
+    assert len(ledger.events()) == 1
+    assert ledger.acquire("w", "me", 600).token == 2
 
 
 def test_handles_that_are_opened_at_once_share_one_writer(ray_cluster: Any, own: Home) -> None:
@@ -114,8 +164,6 @@ def test_a_process_whose_ray_has_ended_goes_on_by_itself(
 
 
 def test_on_another_node_no_second_empty_ledger_is_begun(ray_cluster: Any, own: Home) -> None:
-    from mlops_ray.metadata.writer import Writer
-
     actor = ray_cluster.remote(Writer).options(num_cpus=0).remote(own.ledger_url, "another node")
     error = ray_cluster.get(actor.read.remote("runs", ({}, 1)))
     assert isinstance(error, LedgerError)

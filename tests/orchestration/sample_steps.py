@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import signal
@@ -134,10 +135,8 @@ def slow_once(marks: Path) -> str:
 def stubborn(marks: Path) -> None:
     mark(marks, "stubborn begun")
     while True:
-        try:
+        with contextlib.suppress(BaseException):
             time.sleep(60)
-        except BaseException:
-            pass
 
 
 def die_once(marks: Path) -> int:

@@ -360,6 +360,13 @@ def test_options_that_contradict_each_other_are_found() -> None:
     assert "Did you mean env_vars?" in problems(number=wrong)
 
 
+def test_no_key_of_ray_s_runtime_environments_is_refused() -> None:
+    from ray.runtime_env import RuntimeEnv
+
+    runtime = {key: None for key in RuntimeEnv.known_fields if not key.startswith("_")}
+    assert not problems(number={"environment": {"runtime": runtime}, "mode": "effect"})
+
+
 def test_all_problems_are_found_at_once() -> None:
     found = check(
         report={},
@@ -374,3 +381,45 @@ def test_all_problems_are_found_at_once() -> None:
     for expected in ("Did you mean $report?", "$report.auc", "takes Table", "@effect", "cycle"):
         assert expected in text
     assert len(found.problems) == 5
+
+
+def nested(inner: dict[str, Any], **outer: Any) -> Findings:
+    """Check a workflow with a nested one and an effect that takes its output ``one``."""
+    for step in inner["steps"].values():
+        step["uses"] = f"{NAME}.steps.{step['uses']}"
+    last = {"uses": f"{NAME}.steps.take_any", "with": {"x": "$outer.one"}, "mode": "effect"}
+    steps = {"outer": {"workflow": {"name": "inner", **inner}, **outer}, "last": last}
+    return check_workflow(Workflow.model_validate({"name": "w", "steps": steps}), [NAME])
+
+
+def test_types_and_unused_outputs_are_checked_inside_nested_workflows() -> None:
+    one, two = {"uses": "table"}, {"uses": "take_int", "with": {"x": "$one"}}
+    found = nested({"outputs": {"one": "$one"}, "steps": {"one": one, "two": two}})
+    text = "\n".join(map(str, found.problems))
+    assert "workflow.steps.outer.workflow.steps.two.with.x: $outer/one is Table" in text
+    assert "workflow.steps.outer.workflow.steps.two: nothing uses its output" in text
+    assert len(found.problems) == 2
+    found = nested({"outputs": {"one": "$one.x"}, "steps": {"one": {"uses": "table"}}})
+    text = "\n".join(map(str, found.problems))
+    assert "workflow.steps.outer.workflow.outputs.one: $outer/one.x: Table has no part" in text
+
+
+def test_what_a_nested_workflow_is_given_is_checked_and_inputs_must_be_asked_for() -> None:
+    one = {"uses": "take_int", "with": {"x": "$inputs.n"}}
+    inner = {"inputs": {"n": None, "m": 1}, "outputs": {"one": "$one"}}
+    found = nested(inner | {"steps": {"one": dict(one)}}, **{"with": {"n": "many"}})
+    assert "Got 'many', expected int" in str(found.problems[0])
+    assert "inputs.m: nothing inside asks for this input" in str(found.warnings[0])
+
+
+def test_a_nested_part_that_is_switched_off_is_warned_of_with_all_that_needs_it() -> None:
+    inner = {"inputs": {"on": True}, "outputs": {"one": "$one"}}
+    steps = {"one": {"uses": "number", "when": "$inputs.on"}}
+    found = nested(inner | {"steps": steps}, **{"with": {"on": False}})
+    assert not found.problems
+    assert [str(warning) for warning in found.warnings] == [
+        "workflow.steps.outer.workflow.steps.one.when: never runs: false does not hold.",
+        "workflow.steps.last: never runs: it needs outer/one, which never runs.",
+    ]
+    steps = {"one": {"uses": "number", "when": "$inputs.on"}}
+    assert not nested(inner | {"steps": steps}).warnings

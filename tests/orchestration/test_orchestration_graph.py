@@ -119,8 +119,10 @@ def test_conditions_priority_and_order_of_the_outer_step_hold_for_the_inner_ones
         "$outer/load.rows > 0",
     ]
     assert graph.needs["outer/clean"] == {"first", "outer/load"}
-    assert graph.after["outer/load"] == {"first"}
     assert graph.step("outer/clean").priority == 11
+    graph = build(nested(after=["first"], **{"with": {"day": 1}}))
+    assert graph.needs["outer/load"] == frozenset()
+    assert graph.after["outer/load"] == {"first"}
 
 
 def test_workflows_nest_to_any_depth_and_may_pass_through() -> None:

@@ -18,7 +18,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from mlops_ray.config.workflow import Workflow
+from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.records import RunRecord
+from mlops_ray.orchestration.capture import log_path
+from mlops_ray.orchestration.executor import Executor
+from mlops_ray.orchestration.spec import RunSpec
 from mlops_ray.orchestration.tracing import Trace, exporter_names, open_trace, settings, trace_id
 
 RUN = RunRecord(
@@ -222,3 +227,66 @@ def test_without_a_collector_a_run_ends_all_the_same(
     assert trace is not None
     trace.started("fit")
     trace.close("succeeded")
+
+
+STEPS = "orchestration.traced_steps"
+TESTS = Path(__file__).parents[1]
+
+
+def spec_of(home: Home, **steps: dict[str, Any]) -> RunSpec:
+    return RunSpec(
+        project="tiny",
+        workflow=Workflow.model_validate({"name": "traced", "steps": steps}),
+        home=home,
+        packages=("orchestration",),
+        directory=home.root.parent,
+        roots=(str(TESTS),),
+    )
+
+
+def test_a_workflow_on_ray_is_one_trace_down_to_the_code_of_its_steps(
+    ray_cluster: Any,
+    home: Home,
+    tmp_path: Path,
+    collector: Collector,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    quickly = {"user": 1, "backoff": {"first": "10ms"}}
+    spec = spec_of(
+        home,
+        numbers={"uses": f"{STEPS}.numbers", "with": {"count": 3}},
+        one={"uses": f"{STEPS}.traced", "with": {"value": 7}, "after": ["numbers"]},
+        each={"uses": f"{STEPS}.traced", "map": {"value": "$numbers"}},
+        fail={
+            "uses": f"{STEPS}.fail_once",
+            "with": {"marks": str(tmp_path), "values": "$each"},
+            "retries": quickly,
+        },
+    )
+    run = Executor(spec).run()
+    spans = collector.spans()
+    calls = {f"each[{item}]" for item in range(3)} | {f"inside {item}" for item in range(3)}
+    assert set(spans) == {"traced", "numbers", "one", "inside 7", "each", "fail"} | calls
+    wanted = trace_id(run.run_id).to_bytes(16)
+    assert {span.trace_id for span in spans.values()} == {wanted}
+    for child, parent in {
+        "numbers": "traced",
+        "inside 7": "one",
+        "each[2]": "each",
+        "inside 2": "each[2]",
+    }.items():
+        assert spans[child].parent_span_id == spans[parent].span_id, child
+    assert [link.span_id for link in spans["each"].links] == [spans["numbers"].span_id]
+    assert [event.name for event in spans["fail"].events] == ["attempt", "retry", "attempt"]
+    collector.requests.clear()
+    Executor(spec).run(fresh=True)
+    cached = collector.spans()
+    assert set(cached) == {"traced", "numbers", "one", "each", "fail"}
+
+
+def test_all_that_a_step_prints_on_ray_is_in_its_log(ray_cluster: Any, home: Home) -> None:
+    run = Executor(spec_of(home, prints={"uses": f"{STEPS}.prints"})).run()
+    kept = log_path(home, run.run_id, "prints").read_text().splitlines()
+    wanted = ["print", "stderr", "logging", "descriptor", "subprocess", "C library"]
+    assert sorted(line for line in kept if line in wanted) == sorted(wanted)

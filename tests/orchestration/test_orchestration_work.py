@@ -49,8 +49,8 @@ def test_short_calls_travel_together_and_leave_work_for_everyone() -> None:
     work = mapped(1000)
     assert work.batch(lambda: 8) == 1
     work.took(0.001)
-    assert work.batch(lambda: 8) == 50
-    assert work.batch(lambda: 100) == 5
+    assert work.batch(lambda: 4) == 50
+    assert work.batch(lambda: 100) == 3
     for _ in range(50):
         work.took(1.0)
     assert work.batch(lambda: 8) == 1

@@ -169,6 +169,12 @@ def test_registering_again_from_the_same_run_makes_no_second_version(registry, t
     assert len(registry.versions("again")) == 1
 
 
+def test_every_version_knows_the_run_that_registered_it(versions, registry):
+    found = registry.origins()
+    assert found["tiny@1"] == LINEAGE["parent_run"]
+    assert found["tiny@2"] == "run-2"
+
+
 def test_describe_has_everything_that_a_person_asks(versions, registry):
     found = registry.describe("tiny@2")
     assert found["lineage"] == LINEAGE | {"parent_run": "run-2"}

@@ -14,7 +14,7 @@ from mlops_ray.errors import SchemaError, TrainingError
 from mlops_ray.metadata import package as packages
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Report
-from mlops_ray.orchestration.context import Context
+from mlops_ray.orchestration.context import Context, Silent
 from mlops_ray.training import steps
 from mlops_ray.training.dataset import open_rows
 from mlops_ray.training.loop import train
@@ -24,7 +24,7 @@ KILLABLE = "training.training_samples.Killable"
 TRAINING = training()
 
 
-class Recorder:
+class Recorder(Silent):
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
         self.messages: list[str] = []
@@ -35,8 +35,6 @@ class Recorder:
 
     def metric(self, name: str, value: float) -> None:
         self.metrics[name] = value
-
-    def param(self, name: str, value: Any) -> None: ...
 
     def event(self, kind: str, **data: Any) -> None:
         self.events.append((kind, data))
