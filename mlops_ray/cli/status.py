@@ -26,12 +26,12 @@ def status(run_id: str | None, project: str | None, limit: int, as_json: bool) -
     from rich.console import Console
 
     from mlops_ray.cli.display import steps_table
-    from mlops_ray.metadata.ledger import Ledger
+    from mlops_ray.metadata.access import open_ledger
 
     home = Home(default_home())
-    if not (home.root / "ledger.db").is_file():
+    if home.storage.ledger is None and not (home.root / "ledger.db").is_file():
         raise _nothing(home)
-    ledger = Ledger(home.ledger_url)
+    ledger = open_ledger(home)
     if run_id is None:
         runs = ledger.runs(project=project, limit=limit)
         if not runs and project is None:
