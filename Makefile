@@ -50,7 +50,7 @@ unit: setup
 
 # Keeps the benchmarks alive; figures come from `python -m benchmarks NAME`, on a quiet machine.
 bench-quick: setup
-	@for name in asof_join online_read materialize pipeline; do \
+	@for name in asof_join online_read materialize orchestration pipeline; do \
 	  $(BIN)/python -m benchmarks $$name --quick --json || exit 1; done
 
 format: setup

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +40,8 @@ def run(*, quick: bool) -> list[dict[str, Any]]:
     only ``durable_ray`` does. Ray, Prefect's server and Dagster's instance are up before. Of Prefect's
     task runners it is the threads, of Dagster's executors the one in its own process, which is the
     faster by far (the other runs once, for its figure). At 10,000 calls the peers are given
-    1,000: a run of 10,000 would take them many minutes.
+    1,000: a run of 10,000 would take them many minutes. Last, a registered model is made again by
+    ``mlops-ray reproduce``, which fails unless its digests are the same.
     """
     repeats = 1 if quick else REPEATS
     steps, calls, cached, most = (5, 20, 20, 200) if quick else (20, 200, 200, 10_000)
@@ -53,6 +58,8 @@ def run(*, quick: bool) -> list[dict[str, Any]]:
             results += _fanouts(engines, most, repeats)
         if not quick:
             results += _multiprocess(folder)
+    if not quick:
+        results.append(_reproduction())
     return results
 
 
@@ -126,6 +133,22 @@ def _multiprocess(folder: Path) -> list[dict[str, Any]]:
             taken = [dagster(what, count) / count * 1000]
             results.append(_row(f"dagster_processes_{what}_{count}_ms_per_{kind}", "ms", taken))
     return results
+
+
+def _reproduction() -> dict[str, Any]:
+    """Train and register the small flights model, make it again, and say how long that took."""
+    with tempfile.TemporaryDirectory(prefix="reproduction-") as home:
+        line = [sys.executable, "-m", "mlops_ray"]
+        given = {"cwd": ROOT, "env": os.environ | {"MLOPS_RAY_HOME": home}, "text": True}
+        train = [*line, "run", "workflow=train", "project=flights_quick"]
+        subprocess.run(train, check=True, stdout=subprocess.DEVNULL, **given)
+        began = time.perf_counter()
+        again = [*line, "reproduce", "flights_quick@1"]
+        done = subprocess.run(again, check=True, stdout=subprocess.PIPE, **given)
+        seconds = time.perf_counter() - began
+    verdict = done.stdout.strip().splitlines()[-1]
+    assert verdict.startswith("identical"), verdict
+    return {**_row("reproduce_flights_quick_s", "s", [seconds]), "verdict": verdict}
 
 
 def _rows(

@@ -215,6 +215,9 @@ class RemoteDatabase:
         """Return the writer, started where there is none; ``create`` allows it a new ledger."""
         with contextlib.suppress(ValueError):
             return ray.get_actor(self._name, namespace=NAMESPACE)
+        if not create and not _file_number(self._url):
+            # It has ended for good, and here it could only begin another ledger.
+            raise RayActorError
         node = ray.get_runtime_context().get_node_id()
         made: Any = ray.remote(Writer)
         options = made.options(

@@ -18,6 +18,7 @@ from mlops_ray.metadata.provenance import collect
 from mlops_ray.metadata.records import Lease, RunRecord, RunStatus, StepRecord, StepStatus
 from mlops_ray.orchestration import once
 from mlops_ray.orchestration.cancellation import CANCEL
+from mlops_ray.orchestration.effects import Effects
 from mlops_ray.orchestration.frontier import Frontier
 from mlops_ray.orchestration.graph import Graph, build
 from mlops_ray.orchestration.messages import (
@@ -185,9 +186,8 @@ class Executor:
         frontier = Frontier(graph, self._spec.given)
         opener = Opener(self._spec, graph, frontier, recorder, ledger, artifacts, lease, earlier)
         standings = once.standings_in(ledger, recorder.run.run_id) if earlier else {}
-        return Scheduler(
-            graph, frontier, opener, crew, recorder, mailbox, ledger, artifacts, standings
-        )
+        effects = Effects(ledger, recorder, standings)
+        return Scheduler(graph, frontier, opener, crew, recorder, mailbox, artifacts, effects)
 
     def _announce(self, recorder: Recorder, earlier: dict[str, StepRecord]) -> None:
         recorder.event("run_resumed" if earlier else "run_started", reason=self._spec.reason)

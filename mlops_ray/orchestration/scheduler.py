@@ -12,12 +12,11 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
-from mlops_ray.errors import LeaseError, StepError, WorkflowError
-from mlops_ray.metadata.artifacts import ArtifactStore
-from mlops_ray.metadata.ledger import Ledger
-from mlops_ray.metadata.records import StepRecord, StepStatus
-from mlops_ray.orchestration import once
+from mlops_ray.errors import LeaseError, StepError
+from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
+from mlops_ray.metadata.records import StepStatus
 from mlops_ray.orchestration.deadline import GRACE_S
+from mlops_ray.orchestration.effects import Effects
 from mlops_ray.orchestration.frontier import Frontier
 from mlops_ray.orchestration.graph import Graph
 from mlops_ray.orchestration.lanes import Lanes
@@ -55,9 +54,8 @@ class Scheduler:
         crew: Runs it.
         recorder: Records it.
         mailbox: Where everything that happens elsewhere arrives.
-        ledger: Where effects say how far they got.
         artifacts: Where outputs are.
-        standings: Effects that had begun before this attempt, by step and item.
+        effects: Knows how far those got that must not happen twice.
     """
 
     def __init__(
@@ -68,9 +66,8 @@ class Scheduler:
         crew: Crew,
         recorder: Recorder,
         mailbox: Mailbox,
-        ledger: Ledger,
         artifacts: ArtifactStore,
-        standings: dict[_Where, once.Standing],
+        effects: Effects,
     ) -> None:
         self._graph = graph
         self._frontier = frontier
@@ -78,9 +75,8 @@ class Scheduler:
         self._crew = crew
         self._recorder = recorder
         self._mailbox = mailbox
-        self._ledger = ledger
         self._artifacts = artifacts
-        self._standings = standings
+        self._effects = effects
         self._lanes = Lanes(graph)
         self._works: dict[str, Work] = {}
         self._flying: set[Ticket] = set()
@@ -134,7 +130,7 @@ class Scheduler:
     def _take_up(self, work: Work) -> None:
         """Wait for effects that an earlier attempt has begun; stop where one's fate is not known."""
         for item in list(work.waiting):
-            standing = self._standings.pop((work.name, item), None)
+            standing = self._effects.before(work.name, item)
             if standing is None:
                 continue
             self._attempts[work.name, item] = standing.attempt
@@ -143,7 +139,7 @@ class Scheduler:
             call = Call(item, standing.attempt, work.elements_of(item))
             ticket = Ticket(work.name, (call,), once=True, stale=work.is_stale(item))
             if not self._crew.attach(ticket, work.step, work.job):
-                raise self._uncertain(work, call)
+                raise self._effects.uncertain(work, call)
             work.waiting.remove(item)
             self._recorder.event("effect_taken_up", work.name, item, attempt=call.attempt)
             self._enter(ticket, work)
@@ -239,17 +235,20 @@ class Scheduler:
         if outcome.output is not None:
             self._record_success(work, call, outcome)
             work.took((outcome.ended_at - outcome.started_at).total_seconds())
-            work.returned(call.item, outcome.output)
-            if work.is_over:
-                self._complete(work)
-            elif work.is_mapped:
-                self._recorder.message(work.name, work.progress)
+            self._entered(work, call.item, outcome.output)
             return
         assert outcome.error is not None
         if outcome.digest is not None and self._repair.makers(work.name, outcome.digest):
             self._suspend(work, call, outcome.digest, outcome.error)
         else:
             self._failed(work, call, outcome.error, outcome.cause, outcome.node)
+
+    def _entered(self, work: Work, item: int, output: ArtifactRef) -> None:
+        work.returned(item, output)
+        if work.is_over:
+            self._complete(work)
+        elif work.is_mapped:
+            self._recorder.message(work.name, work.progress)
 
     def _record_success(self, work: Work, call: Call, outcome: Outcome) -> None:
         output = outcome.output
@@ -294,7 +293,10 @@ class Scheduler:
         raised = getattr(error, "cause", None)
         if isinstance(raised, LeaseError):
             raise raised
-        if work.once and self._is_settled(work, call):
+        done = self._effects.record_of(work, call) if work.once else None
+        if done is not None and done.output is not None:
+            self._recorder.keep(done)
+            self._entered(work, call.item, done.output)
             return
         limit = work.step.timeout
         flown_s = time.monotonic() - ticket.submitted_s
@@ -305,36 +307,6 @@ class Scheduler:
         text = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {text[0] if text else 'no details'}"
         self._failed(work, call, self._error(work, what), classify(raised or error), None)
-
-    def _is_settled(self, work: Work, call: Call) -> bool:
-        """Say whether an effect whose actor is gone was over; where it had begun, only a person can."""
-        where = (work.name, call.item)
-        standing = once.standings_in(self._ledger, self._recorder.run.run_id).get(where)
-        if standing is None or standing.attempt != call.attempt:
-            return False
-        if not standing.over:
-            raise self._uncertain(work, call)
-        record = self._recorded(work, call)
-        if record is None or record.output is None or record.status != "succeeded":
-            return False
-        work.returned(call.item, record.output)
-        self._recorder.keep(record)
-        if work.is_over:
-            self._complete(work)
-        return True
-
-    def _recorded(self, work: Work, call: Call) -> StepRecord | None:
-        run_id = self._recorder.run.run_id
-        mapped = call.item >= 0
-        known = self._ledger.items(run_id, work.name) if mapped else self._ledger.steps(run_id)
-        return next((r for r in known if (r.name, r.item) == (work.name, call.item)), None)
-
-    def _uncertain(self, work: Work, call: Call) -> WorkflowError:
-        error = once.uncertain(self._recorder.run.run_id, work.name, call.item)
-        said = {"attempt": call.attempt}
-        values = {"error": error.what, "message": "nobody knows whether it happened"}
-        self._recorder.set(work.name, "uncertain", item=call.item, said=said, **values)
-        return error
 
     def _failed(
         self, work: Work, call: Call, error: StepError, cause: Cause, node: str | None

@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, TypedDict
 import pyarrow as pa
 import requests
-from pydantic import BaseModel, Field
+from typing import Annotated
+from pydantic import BaseModel, BeforeValidator, Field
 import mlops_ray
+from . import door
 from mlops_ray.orchestration.marks import ensure
 from mlops_ray.metadata import types as ours
 from .shapes import Report, Base as Root
@@ -67,6 +69,8 @@ def mapping() -> dict[str, int]: ...
 def anything() -> Any: ...
 def silent(): ...
 def mode() -> Literal["full", "quick"]: ...
+def shown() -> door.Shown: ...
+def aliased() -> door.Number: ...
 def gate() -> ours.GateDecision: ...
 
 def take_table(x: pa.Table) -> int: ...
@@ -88,6 +92,8 @@ def take_mode(x: Literal["full", "none"]) -> int: ...
 def take_either(x: int | pa.Table) -> int: ...
 def take_moment(x: datetime) -> int: ...
 def take_optional(x: Optional[int] = None) -> int: ...
+def take_shown(x: door.Shown) -> int: ...
+def take_refined(x: Annotated[int, BeforeValidator(len)]) -> int: ...
 def take_gate(x: ours.GateDecision) -> int: ...
 
 @mlops_ray.effect
@@ -127,7 +133,8 @@ class Inner(BaseModel):
 
 @pytest.fixture(scope="module", autouse=True)
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    files = {"steps.py": STEPS, "shapes.py": SHAPES}
+    door = "from .shapes import Report as Shown\nNumber = int\n"
+    files = {"steps.py": STEPS, "shapes.py": SHAPES, "door.py": door}
     with package(tmp_path_factory.mktemp("checked"), NAME, files) as root:
         yield root
 
@@ -158,24 +165,27 @@ def edge(given: str, taken: str, **more: Any) -> dict[str, dict[str, Any]]:
 
 
 FITS = """
-table table; path path; report report; better report; better root; report root; maybe maybe
-optional maybe; report maybe; point point; number int; number float; ratio float; text str
-numbers numbers; numbers sequence; texts texts; mapping mapping; anything table; anything int
-silent table; silent int; table any; report silent; mode mode; mode str; text mode; number either
-table either; text moment; text path; mapping report; report mapping; row point; mapping point
-number optional; gate gate; pair any; row mapping; tables silent; anything gate; silent gate
+table table; path path; report report; better report; better root; report root; maybe maybe;
+optional maybe; report maybe; point point; number int; number float; ratio float; text str;
+numbers numbers; numbers sequence; texts texts; mapping mapping; anything table; anything int;
+silent table; silent int; table any; report silent; mode mode; mode str; text mode;
+number either; table either; text moment; text path; mapping report; report mapping; row point;
+mapping point; number optional; gate gate; pair any; shown report; report shown; better shown;
+aliased int; text refined; numbers refined; row mapping; tables silent; anything gate;
+silent gate
 """
 NEVER = """
-table path; table int; table report; path table; path str; report table; report int; number table
-number str; ratio int; text int; text float; numbers int; numbers texts; texts numbers; number numbers
-mapping numbers; numbers mapping; report point; root2 report; text either; path either; tables numbers
-number path; report numbers; mapping table; gate report; report gate; number gate; ratio mode
+table path; table int; table report; path table; path str; report table; report int;
+number table; number str; ratio int; text int; text float; numbers int; numbers texts;
+texts numbers; number numbers; mapping numbers; numbers mapping; report point; text either;
+path either; tables numbers; number path; report numbers; mapping table; gate report;
+report gate; shown gate; aliased table; number gate; ratio mode
 """
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
     found = [tuple(word.split()) for word in text.replace("\n", ";").split(";") if word.strip()]
-    return [(one, other) for one, other in found if one != "root2"]
+    return [(one, other) for one, other in found]
 
 
 @pytest.mark.parametrize(("given", "taken"), pairs(FITS))
@@ -202,6 +212,7 @@ def test_what_may_not_fit_is_a_warning_unless_a_condition_rules_it_out() -> None
     [
         ("report", "acu", "Did you mean $given.auc?"),
         ("report", "passd", "Did you mean $given.passed?"),
+        ("shown", "acu", "Did you mean $given.auc?"),
         ("better", "extar", "Did you mean $given.extra?"),
         ("report", "inner.rowz", "Did you mean $given.inner.rows?"),
         ("maybe", "pass", "Did you mean $given.passed?"),

@@ -120,7 +120,7 @@ def test_conditions_priority_and_order_of_the_outer_step_hold_for_the_inner_ones
     ]
     assert graph.needs["outer/clean"] == {"first", "outer/load"}
     assert graph.step("outer/clean").priority == 11
-    graph = build(nested(after=["first"], **{"with": {"day": 1}}))
+    graph = build(nested(after=["first"], **{"with": {"day": {"name": 1, "0": 2}}}))
     assert graph.needs["outer/load"] == frozenset()
     assert graph.after["outer/load"] == {"first"}
 

@@ -166,7 +166,7 @@ STYLES = ("same", "from", "module", "local", "door", "default", "constant", "cla
         )
     )
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_changing_a_function_changes_the_key_exactly_when_it_is_reached(
     tmp_path_factory: pytest.TempPathFactory,
     graph: tuple[int, list[tuple[int, int, str]], list[int]],
@@ -205,7 +205,7 @@ def _generate(
     modules: dict[int, list[str]] = {0: [], 1: [], 2: []}
     tops: dict[int, list[str]] = {0: [], 1: [], 2: []}
     for index in reversed(range(size)):
-        body, default = [f"    x = {100 + (index == changed)}"], ""
+        body, defaults = [f"    x = {100 + (index == changed)}"], []
         for one, other, how in edges:
             if one != index:
                 continue
@@ -226,7 +226,7 @@ def _generate(
                 body.append(f"    x += d{other}()")
             elif how == "default":
                 tops[places[index]].append(f"from {source} import {called} as e{other}")
-                default = f"given=e{other}"
+                defaults.append(f"given{other}=e{other}")
             elif how == "constant":
                 modules[places[index]].append(f"C{index}_{other} = {{'f': '{source}.{called}'}}")
                 body.append(f"    x += len(C{index}_{other})")
@@ -237,7 +237,7 @@ def _generate(
                 )
                 body.append(f"    x += K{index}_{other}().call()")
         modules[places[index]].append(
-            "\n".join([f"def f{index}({default}):", *body, "    return x"])
+            "\n".join([f"def f{index}({', '.join(defaults)}):", *body, "    return x"])
         )
     for place, parts in modules.items():
         text = "\n".join([*tops[place], *parts]) + "\n"
