@@ -44,7 +44,7 @@ def run(*, quick: bool) -> list[dict[str, Any]]:
     ``mlops-ray reproduce``, which fails unless its digests are the same.
     """
     repeats = 1 if quick else REPEATS
-    steps, calls, cached, most = (5, 20, 20, 200) if quick else (20, 200, 200, 10_000)
+    steps, calls, cached, most = (5, 10, 20, 200) if quick else (20, 200, 200, 10_000)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="orchestration-") as name, _ray():
         folder = Path(name)
