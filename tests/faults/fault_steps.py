@@ -36,8 +36,8 @@ def work(marks: Path, seconds: float = 0.03) -> Iterator[None]:
 
 
 def happen(marks: Path, name: str) -> None:
-    """Make an effect durable: one line, appended whole and synced."""
-    line = f"{name} {secrets.token_hex(4)}\n".encode()
+    """Make an effect durable: one line with its name and process, appended whole and synced."""
+    line = f"{name} {os.getpid()}\n".encode()
     descriptor = os.open(marks / EFFECTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(descriptor, line)

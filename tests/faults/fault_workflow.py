@@ -139,9 +139,14 @@ def declared_once(folder: Path) -> set[str]:
 
 def happened(folder: Path) -> Counter[str]:
     """Count how often each effect has happened."""
+    return Counter(name for name, _ in effects(folder))
+
+
+def effects(folder: Path) -> list[tuple[str, int]]:
+    """Return the effects that have happened, and in which processes."""
     file = folder / "marks" / EFFECTS
     lines = file.read_text().splitlines() if file.exists() else []
-    return Counter(line.split()[0] for line in lines)
+    return [(name, int(process)) for name, process in map(str.split, lines)]
 
 
 def outputs(folder: Path) -> dict[str, str]:

@@ -36,7 +36,8 @@ from mlops_ray.metadata.records import RunRecord, StepRecord
 from mlops_ray.orchestration import ownership
 from mlops_ray.orchestration.executor import Executor
 
-VICTIMS = ("driver", "worker", "ledger", "raylet")
+VICTIMS = ("driver", "effect", "worker", "ledger", "raylet")
+_EFFECTS = 11
 TESTS = Path(__file__).parents[1]
 _MOST_STARTS = 10
 _DRIVER_S = 120.0
@@ -252,7 +253,9 @@ def disturbed(
     chance = random.Random(seed)
     seen: Counter[str] = Counter()
     driver = field.drive(begin(folder))
-    if await_moment(driver, folder, chance.randrange(length)):
+    if victim == "effect":
+        seen["killed"] = int(kill_after_effect(driver, folder, chance.randrange(_EFFECTS)))
+    elif await_moment(driver, folder, chance.randrange(length)):
         time.sleep(chance.uniform(0, 0.05))
         seen["killed"] = int(field.kill(victim, driver, folder, chance))
     while (code := driver.wait()) != 0:
@@ -263,6 +266,21 @@ def disturbed(
         driver = field.drive(folder)
     field.tidy()
     return seen
+
+
+def kill_after_effect(driver: Driver, folder: Path, number: int) -> bool:
+    """Kill the process of an effect that has just happened and is not recorded yet, if one can."""
+    while driver.code() is None:
+        happened = fault_workflow.effects(folder)
+        if len(happened) > number:
+            process = happened[number][1]
+            if (folder / "marks" / PROCESSES / str(process)).exists():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+                    return True
+            return False
+        time.sleep(0.002)
+    return False
 
 
 def settle(folder: Path, values: Values) -> int:
