@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from mlops_ray.config.workflow import Backoff, Retries
@@ -52,6 +53,24 @@ class Budget:
             return None
         self._spent[cause] = spent + 1
         return spent + 1
+
+
+class Budgets:
+    """The budgets of all calls of a run, by step and item.
+
+    Args:
+        retries: Says what a step declares.
+    """
+
+    def __init__(self, retries: Callable[[str], Retries]) -> None:
+        self._retries = retries
+        self._budgets: dict[tuple[str, int], Budget] = {}
+
+    def spend(self, name: str, item: int, cause: Cause) -> int | None:
+        """Take one try of a call, see ``Budget.spend``."""
+        if (name, item) not in self._budgets:
+            self._budgets[name, item] = Budget(self._retries(name))
+        return self._budgets[name, item].spend(cause)
 
 
 def delay_s(backoff: Backoff, tries: int, chance: float) -> float:

@@ -32,7 +32,7 @@ from mlops_ray.orchestration.messages import (
 from mlops_ray.orchestration.opening import Opener
 from mlops_ray.orchestration.recording import Recorder
 from mlops_ray.orchestration.repair import Repair
-from mlops_ray.orchestration.retries import Budget, Cause, classify, delay_s
+from mlops_ray.orchestration.retries import Budgets, Cause, classify, delay_s
 from mlops_ray.orchestration.tasks import Crew, Ticket
 from mlops_ray.orchestration.work import Work
 from mlops_ray.orchestration.worker import Call, Outcome
@@ -40,8 +40,6 @@ from mlops_ray.orchestration.worker import Call, Outcome
 _LONGEST_WAIT_S = 0.25
 _CANCEL_GRACE_S = 3.0
 _KILL_GRACE_S = 5.0
-
-_Where = tuple[str, int]
 
 
 class Scheduler:
@@ -80,8 +78,8 @@ class Scheduler:
         self._lanes = Lanes(graph)
         self._works: dict[str, Work] = {}
         self._flying: set[Ticket] = set()
-        self._attempts: Counter[_Where] = Counter()
-        self._budgets: dict[_Where, Budget] = {}
+        self._attempts: Counter[tuple[str, int]] = Counter()
+        self._budgets = Budgets(lambda name: graph.step(name).retries)
         self._repair = Repair(graph, frontier, recorder, artifacts)
         self._timers: list[tuple[float, int, Work, int]] = []
         self._count = itertools.count()
@@ -312,7 +310,7 @@ class Scheduler:
         self, work: Work, call: Call, error: StepError, cause: Cause, node: str | None
     ) -> None:
         said = {"attempt": call.attempt, "cause": cause, "node": node, "reason": error.what}
-        tries = self._budget(work.name, call.item).spend(cause)
+        tries = self._budgets.spend(work.name, call.item, cause)
         if tries is None:
             self._give_up(work, call.item, error, said)
         wait_s = delay_s(work.step.retries.backoff, tries or 1, random.random())
@@ -332,11 +330,6 @@ class Scheduler:
             self._recorder.set(work.name, "failed", said=said, **ended)
         raise error
 
-    def _budget(self, name: str, item: int) -> Budget:
-        if (name, item) not in self._budgets:
-            self._budgets[name, item] = Budget(self._graph.step(name).retries)
-        return self._budgets[name, item]
-
     def _suspend(self, work: Work, call: Call, digest: str, error: StepError) -> None:
         """An input of a step is gone: what has made it runs again, and then the step."""
         self._pay(work.name, call.item, error)
@@ -351,7 +344,7 @@ class Scheduler:
 
     def _pay(self, name: str, item: int, error: StepError) -> None:
         """Pay for another try at reading what is lost."""
-        if self._budget(name, item).spend("infrastructure") is None:
+        if self._budgets.spend(name, item, "infrastructure") is None:
             self._recorder.set(name, "failed", error=error.what, message=error.what)
             raise error
 

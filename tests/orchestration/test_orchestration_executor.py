@@ -120,9 +120,12 @@ def test_retries_are_used_before_failing(bench: Bench) -> None:
 
 
 def test_a_worker_that_dies_is_a_step_error(bench: Bench) -> None:
+    retries = {"infrastructure": 1, "backoff": {"first": "10ms"}}
+    die = {"uses": f"{HERE}.die", "marks": True, "retries": retries}
     with pytest.raises(StepError) as caught:
-        bench.run(bench.project(die={"uses": f"{HERE}.die", "marks": True}))
+        bench.run(bench.project(die=die))
     assert caught.value.step == "die"
+    assert bench.count("die") == 2
 
 
 def test_an_input_of_the_wrong_type_is_named(bench: Bench) -> None:
