@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ NAMESPACE = "mlops_ray_effects"
 BEGUN = "effect_begun"
 OVER = "effect_over"
 _RECORD_PATIENCE_S = 600.0
+_UNCALLED_S = 60.0
+_LINGER_S = 15.0
 
 Decision = Literal["done", "rerun"]
 
@@ -60,21 +63,37 @@ def standings_in(ledger: Ledger, run_id: str) -> dict[tuple[str, int], Standing]
 
 
 class Effect:
-    """The actor's class: it performs one call once, whoever asks and how often."""
+    """The actor's class: it performs one call once, whoever asks and how often.
+
+    Nobody else ends it for sure: its driver may be dead. So it ends itself when it has not been called,
+    or has been over, for a while, and gives back what it holds of the cluster.
+    """
 
     def __init__(self) -> None:
         self._answer: bytes | None = None
+        self._end = _end_after(_UNCALLED_S)
 
     def run(self, job: bytes, calls: bytes) -> bytes:
         """Perform the call and record that it is over; asked again, answer the same."""
-        if self._answer is None:
-            (call,) = pickle.loads(calls)
-            self._answer = pickle.dumps([_perform(unpacked(job), call)])
-        return self._answer
+        self._end.cancel()
+        try:
+            if self._answer is None:
+                (call,) = pickle.loads(calls)
+                self._answer = pickle.dumps([_perform(unpacked(job), call)])
+            return self._answer
+        finally:
+            self._end = _end_after(_LINGER_S)
 
     def process(self) -> int:
         """Return the actor's process number."""
         return os.getpid()
+
+
+def _end_after(wait_s: float) -> threading.Timer:
+    timer = threading.Timer(wait_s, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _perform(job: Job, call: Call) -> Outcome:

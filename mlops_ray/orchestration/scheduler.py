@@ -129,12 +129,14 @@ class Scheduler:
         """Wait for effects that an earlier attempt has begun; stop where one's fate is not known."""
         for item in list(work.waiting):
             standing = self._effects.before(work.name, item)
-            if standing is None:
+            if standing is not None:
+                self._attempts[work.name, item] = standing.attempt
+            attempt = self._attempts[work.name, item]
+            call = Call(item, attempt, work.elements_of(item))
+            if standing is None or standing.over:
+                if attempt:
+                    self._crew.dismiss(work.name, call)
                 continue
-            self._attempts[work.name, item] = standing.attempt
-            if standing.over:
-                continue
-            call = Call(item, standing.attempt, work.elements_of(item))
             ticket = Ticket(work.name, (call,), once=True, stale=work.is_stale(item))
             if not self._crew.attach(ticket, work.step, work.job):
                 raise self._effects.uncertain(work, call)
@@ -374,7 +376,9 @@ class Scheduler:
         if record:
             for work, call, outcome in done:
                 self._record_success(work, call, outcome)
-            self._record_cut_off(status)
+            calls = {(ticket.step, call.item) for ticket in ours for call in ticket.calls}
+            calls |= {(work.name, item) for _, _, work, item in self._timers}
+            self._record_cut_off(status, calls - {(w.name, call.item) for w, call, _ in done})
 
     def _last_successes(self, patience_s: float) -> list[tuple[Work, Call, Outcome]]:
         try:
@@ -391,8 +395,11 @@ class Scheduler:
         outcomes = zip(ticket.calls, pickle.loads(message.answer), strict=True)
         return [(work, call, outcome) for call, outcome in outcomes if outcome.output is not None]
 
-    def _record_cut_off(self, status: StepStatus) -> None:
+    def _record_cut_off(self, status: StepStatus, calls: set[tuple[str, int]]) -> None:
         left = {ticket.step for ticket in self._flying if ticket.once}
         for name, step in self._recorder.steps.items():
             if step.status == "running" and name not in left:
                 self._recorder.set(name, status, message="interrupted")
+        for name, item in sorted(calls):
+            if item >= 0:
+                self._recorder.set(name, status, item=item, message="interrupted")

@@ -88,6 +88,17 @@ class Crew:
         self._run(ticket, step, job)
         return True
 
+    def dismiss(self, step: str, call: Call) -> None:
+        """End the actor of an effect that has not begun or is over, if an earlier driver left one.
+
+        One that has not begun cannot any more: its driver's lease is ours.
+        """
+        import ray
+
+        name = once.actor_name(self._run_id, step, call)
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=once.NAMESPACE))
+
     def cancel(self, ticket: Ticket, *, force: bool) -> None:
         """Interrupt what runs; with ``force`` end its process."""
         import ray

@@ -33,7 +33,7 @@ from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.artifacts import open_artifacts
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import RunRecord, StepRecord
-from mlops_ray.orchestration import ownership
+from mlops_ray.orchestration import once, ownership
 from mlops_ray.orchestration.executor import Executor
 
 VICTIMS = ("driver", "effect", "worker", "ledger", "raylet")
@@ -102,6 +102,19 @@ class Field:
             if found["name"].startswith("ledger/"):
                 with contextlib.suppress(ValueError):
                     ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]))
+
+    def check_nothing_left(self) -> None:
+        """Check that no effect's process stays where its driver is gone: it would hold its CPUs."""
+        import ray
+
+        until_s = time.monotonic() + 2 * once._LINGER_S
+        while time.monotonic() < until_s:
+            found = ray.util.list_named_actors(all_namespaces=True)
+            left = [actor["name"] for actor in found if actor["namespace"] == once.NAMESPACE]
+            if not left:
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"these effects are still there: {left}")
 
     def _add_far(self) -> Any:
         return self._cluster.add_node(num_cpus=4, resources={"far": 1})
@@ -398,6 +411,7 @@ def run(folder: Path, seeds: int, *, first: int = 0, victims: tuple[str, ...] = 
             line = {"seed": seed, "victim": victim, **seen}
             print(json.dumps(line | {"s": round(time.monotonic() - began_s, 1)}), file=sys.stderr)
             shutil.rmtree(here)
+        ground.check_nothing_left()
     return f"{seeds} seeds, two at once, one paused: {dict(total)}"
 
 

@@ -96,6 +96,18 @@ def test_a_call_that_fails_is_named_and_only_it_runs_again(bench: Bench) -> None
     assert bench.count("square 3") == 1
 
 
+def test_calls_that_were_cut_off_by_another_ones_error_wait_again(bench: Bench) -> None:
+    steps = {
+        "values": {"uses": f"{HERE}.collect", "with": {"values": [60, 60, -1]}},
+        "sleep": {"uses": f"{HERE}.sleep", "map": {"seconds": "$values"}, "marks": True},
+    }
+    with pytest.raises(StepError, match="call 2: ValueError"):
+        bench.run(bench.project(**steps))
+    run = bench.ledger.runs()[0]
+    calls = bench.ledger.items(run.run_id, "sleep")
+    assert [call.status for call in calls] == ["pending", "pending", "failed"]
+
+
 def test_each_call_has_retries_of_its_own(bench: Bench) -> None:
     retries = {"user": 1, "backoff": {"first": "10ms"}}
     steps = squares(6, uses=f"{HERE}.square_once_broken", retries=retries)
