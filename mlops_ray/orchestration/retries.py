@@ -30,6 +30,12 @@ def classify(error: BaseException) -> Cause:
     return "infrastructure" if isinstance(error, from_outside) else "user"
 
 
+def headline(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"
+
+
 def digest_of(error: BaseException) -> str | None:
     """Return the digest of the artifact that is missing or corrupt, if the error is about one."""
     if isinstance(error, ArtifactError) and not isinstance(error, StorageError):

@@ -32,7 +32,7 @@ from mlops_ray.orchestration.messages import (
 from mlops_ray.orchestration.opening import Opener
 from mlops_ray.orchestration.recording import Recorder
 from mlops_ray.orchestration.repair import Repair
-from mlops_ray.orchestration.retries import Budgets, Cause, classify, delay_s
+from mlops_ray.orchestration.retries import Budgets, Cause, classify, delay_s, headline
 from mlops_ray.orchestration.tasks import Crew, Ticket
 from mlops_ray.orchestration.work import Work
 from mlops_ray.orchestration.worker import Call, Outcome
@@ -298,15 +298,14 @@ class Scheduler:
             self._recorder.keep(done)
             self._entered(work, call.item, done.output)
             return
+        what, cause = headline(error), classify(raised or error)
         limit = work.step.timeout
         flown_s = time.monotonic() - ticket.submitted_s
         if limit is not None and flown_s >= limit.total_seconds() + GRACE_S:
-            what = f"the step took longer than its timeout of {limit}, and did not end when interrupted"
-            self._failed(work, call, self._error(work, what), "user", None)
-            return
-        text = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {text[0] if text else 'no details'}"
-        self._failed(work, call, self._error(work, what), classify(raised or error), None)
+            what, cause = f"it took longer than {limit}, and did not end when interrupted", "user"
+        where, run_id = f"step {work.name}", self._recorder.run.run_id
+        failure = StepError(what, step=work.name, run_id=run_id, where=where)
+        self._failed(work, call, failure, cause, None)
 
     def _failed(
         self, work: Work, call: Call, error: StepError, cause: Cause, node: str | None
@@ -349,10 +348,6 @@ class Scheduler:
         if self._budgets.spend(name, item, "infrastructure") is None:
             self._recorder.set(name, "failed", error=error.what, message=error.what)
             raise error
-
-    def _error(self, work: Work, what: str) -> StepError:
-        where = f"step {work.name}"
-        return StepError(what, step=work.name, run_id=self._recorder.run.run_id, where=where)
 
     # Stopping
 

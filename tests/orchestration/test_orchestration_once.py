@@ -236,3 +236,18 @@ def test_the_last_event_of_an_effect_says_how_far_it_got() -> None:
         ("s", -1): once.Standing(2, over=False),
         ("s", 4): once.Standing(1, over=True),
     }
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_an_effect_whose_driver_is_gone_ends_itself(called: bool, tmp_path: Path) -> None:
+    code = (
+        "import pickle, sys, time\n"
+        "from mlops_ray.orchestration import once\n"
+        "once._UNCALLED_S = once._LINGER_S = 0.2\n"
+        "once._perform = lambda job, call: 'done'\n"
+        "once.unpacked = lambda job: job\n"
+        "effect = once.Effect()\n"
+        f"{called} and effect.run(b'', pickle.dumps([None]))\n"
+        "time.sleep(60); sys.exit(3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0
