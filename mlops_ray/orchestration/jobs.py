@@ -11,8 +11,8 @@ from pydantic import Field
 
 from mlops_ray.config.base import Frozen
 from mlops_ray.errors import ClusterError
-from mlops_ray.metadata.home import STORAGE_VARIABLES
 from mlops_ray.metadata.changes import SOURCE_VARIABLE
+from mlops_ray.metadata.home import STORAGE_VARIABLES
 
 _LOG_TAIL_LINES = 40
 

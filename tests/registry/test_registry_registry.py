@@ -15,8 +15,8 @@ from mlops_ray.errors import RegistryError
 from mlops_ray.metadata import package as packages
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
-from mlops_ray.metadata.records import RunRecord
 from mlops_ray.metadata.profile import Reference
+from mlops_ray.metadata.records import RunRecord
 from mlops_ray.metadata.types import Report
 from mlops_ray.orchestration.context import Context
 from mlops_ray.registry import steps
