@@ -15,10 +15,9 @@ from mlops_ray.config.locate import open_workspace
 from mlops_ray.features import steps
 from mlops_ray.features.store import FeatureStore
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.load import load_project
-from mlops_ray.orchestration.worker import LedgerReporter, Task
+from mlops_ray.orchestration.reporting import LiveReporter
 
 NAME = "parcels"
 VIEWS = ["courier_latest", "courier_history"]
@@ -39,16 +38,14 @@ def filled(command: Any, project: Path) -> Path:
     """The project after its features workflow, run step by step in this process."""
     declared = load_project(open_workspace(project), ["features.sources.orders.args.count=600"])
     home = Home(declared.home)
-    ledger = Ledger(home.ledger_url)
-    task = Task(declared.name, home.root, "run-1", "clean", "x", {})
+    reporter = LiveReporter(declared.name, home, "run-1", "clean", -1, None)
     context = Context(declared.name, home, step="extract")
     raw = steps.extract(context, declared.features)
-    cleaning = Context(declared.name, home, "run-1", "clean", LedgerReporter(ledger, task))
+    cleaning = Context(declared.name, home, "run-1", "clean", reporter)
     cleaned = steps.clean(cleaning, declared.features, raw)
     versions = steps.materialize(context, declared.features, cleaned, declared.until)
     context = Context(declared.name, home, step="training_set")
     steps.training_set(context, declared.features, "delivery", cleaned, versions, declared.until)
-    ledger.close()
     return project
 
 
