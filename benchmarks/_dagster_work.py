@@ -96,15 +96,16 @@ def run(instance: DagsterInstance, executor: str, what: str, count: int, start: 
     ops: dict[str, Any] = {"first": {"config": {"start": start}}}
     if what == "fanout":
         ops = {"numbers": {"config": {"start": start, "count": count}}}
+    settings = {"ops": ops, "loggers": {"console": {"config": {"log_level": "ERROR"}}}}
     if executor == "in_process":
         job = chain(executor, count) if what == "chain" else fanout(executor, count)
         began = time.perf_counter()
-        done: Any = job.execute_in_process(run_config={"ops": ops}, instance=instance)
+        done: Any = job.execute_in_process(run_config=settings, instance=instance)
     else:
         assert what != "chain" or count == 20
         began = time.perf_counter()
         job_again = reconstructable(_IN_CHILDREN[what])
-        done = execute_job(job_again, instance, run_config={"ops": ops})
+        done = execute_job(job_again, instance, run_config=settings)
     seconds = time.perf_counter() - began
     assert done.success
     last = "total" if what == "fanout" else f"add_one_{count - 1}" if count > 2 else "add_one"

@@ -192,3 +192,7 @@ class MonitoringError(MlopsRayError):
 
 class ClusterError(MlopsRayError):
     """Ray cannot be reached or used."""
+
+
+class JobRefusedError(ClusterError):
+    """The job server answers, and refuses a job."""

@@ -295,7 +295,9 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def _models(store: FeatureStore) -> list[tuple[str, str]]:
     """Return the registered versions of the project's model with the services they read."""
-    if not (store.home.root / "mlflow.db").is_file():
+    from mlops_ray.metadata import tracking
+
+    if not tracking.is_there(store.home):
         return []
     from mlops_ray.registry.registry import Registry
 

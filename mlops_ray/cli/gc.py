@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mlops_ray.metadata.leftovers import Leftover
     from mlops_ray.metadata.retention import Origins, Verdict
 
-_ALL = 1_000_000_000
-
 
 def _duration(_context: Any, _parameter: Any, value: str) -> timedelta:
     try:
@@ -37,7 +35,13 @@ def _duration(_context: Any, _parameter: Any, value: str) -> timedelta:
     callback=_duration,
     help="Keep what runs made that ended within this time.",
 )
-@click.option("--keep-runs", default=10, show_default=True, help="Newest runs kept per workflow.")
+@click.option(
+    "--keep-runs",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="Newest runs kept per workflow.",
+)
 @click.option("--dry-run", is_flag=True, help="Only explain.")
 @click.option("--pin", "pinned", metavar="THING", help="Keep a run or an artifact for ever.")
 @click.option("--unpin", "unpinned", metavar="THING", help="Take such a pin back.")
@@ -58,22 +62,28 @@ def gc(
     """
     from mlops_ray.metadata.access import open_ledger
     from mlops_ray.metadata.artifacts import open_artifacts
+    from mlops_ray.metadata.belonging import require_own
     from mlops_ray.metadata.leftovers import find_leftovers, remove_leftovers
     from mlops_ray.metadata.retention import Policy, collect, make_plan, pin
 
     home = Home(default_home())
-    if not home.root.is_dir():
-        raise MlopsRayError("nothing has run here yet", where=str(home.root))
+    if home.storage.ledger is None and not (home.root / "ledger.db").is_file():
+        raise MlopsRayError(
+            "nothing has run here yet",
+            where=str(home.root),
+            fix="set MLOPS_RAY_LEDGER as the runs had it, or go to the project's folder",
+        )
     ledger, artifacts = open_ledger(home), open_artifacts(home)
     for thing, remove in ((pinned, False), (unpinned, True)):
         if thing is not None:
-            pin(ledger, thing, remove=remove)
+            pin(ledger, artifacts, thing, remove=remove)
             click.echo(f"{'unpinned' if remove else 'pinned'}: {thing}")
     if pinned is not None or unpinned is not None:
         return
     policy = Policy(older_than=older_than, keep_runs=keep_runs)
     plan = make_plan(ledger, artifacts, policy, registered=_registered(home))
-    leftovers = find_leftovers(home, ledger.runs(limit=_ALL), policy, datetime.now(UTC))
+    require_own(ledger, artifacts, plan)
+    leftovers = find_leftovers(home, ledger.runs(limit=None), policy, datetime.now(UTC))
     if not dry_run:
         gone = {verdict.blob.digest for verdict in collect(artifacts, plan, policy.grace)}
         # What came into use in between has stayed.
@@ -84,14 +94,15 @@ def gc(
 
 def _registered(home: Home) -> Origins | None:
     """Ask MLflow which model versions there are; where it is silent, all count that ever were."""
-    if home.storage.tracking is None and not (home.root / "mlflow.db").is_file():
+    if not tracking.is_there(home):
         return None
+    from mlops_ray.metadata.redaction import redacted
     from mlops_ray.registry.registry import Registry
 
     try:
         return Registry(home).origins()
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = redacted(str(error)).partition("\n")[0] or type(error).__name__
         click.secho(
             f"warning: MLflow does not answer, so every version counts as registered: {reason}",
             fg="yellow",
@@ -137,7 +148,9 @@ def _print(plan: list[Verdict], leftovers: list[Leftover], dry_run: bool) -> Non
         table.add_row("kept" if kept else done, str(count), size_text(size), reason)
     if leftovers:
         size = sum(leftover.size for leftover in leftovers)
-        table.add_row(done, str(len(leftovers)), size_text(size), "checkpoints of finished runs")
+        table.add_row(
+            done, str(len(leftovers)), size_text(size), "checkpoints and abandoned drafts"
+        )
     Console().print(table)
     freed = sum(verdict.blob.size for verdict in plan if not verdict.kept)
     freed += sum(leftover.size for leftover in leftovers)

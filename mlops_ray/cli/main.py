@@ -117,7 +117,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        click.secho(f"internal error: {type(error).__name__}: {error}", fg="red", err=True)
+        from mlops_ray.metadata.redaction import redacted
+
+        text = f"internal error: {type(error).__name__}: {redacted(str(error))}"
+        click.secho(text, fg="red", err=True)
         click.echo("  fix: run the same command with `mlops-ray --debug …` for details", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mlops_ray.config.locate import default_home
 from mlops_ray.errors import RegistryError
+from mlops_ray.metadata import tracking
 from mlops_ray.metadata.home import Home
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _further(described: dict[str, Any]) -> list[tuple[str, str]]:
 def _registry() -> Registry:
     """Open the registry of this folder's home, without making one where there is none."""
     home = Home(default_home())
-    if not (home.root / "mlflow.db").is_file():
+    if not tracking.is_there(home):
         raise RegistryError(
             "nothing is registered here yet",
             where=str(home.root),

@@ -8,20 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mlops_ray.config.locate import default_home, open_workspace
 from mlops_ray.errors import MlopsRayError, RegistryError
+from mlops_ray.metadata import tracking
 from mlops_ray.metadata.home import Home
 
 if TYPE_CHECKING:
     from mlops_ray.delivery.environment import Change
     from mlops_ray.delivery.reproduction import Case
-    from mlops_ray.delivery.rerun import Answer
+    from mlops_ray.delivery.rerun import Answer, Request
     from mlops_ray.delivery.verdict import Mismatch, Verdict
-    from mlops_ray.orchestration.spec import RunSpec
 
 _DIGEST_LETTERS = 12
 _MOST_CHANGES = 20
@@ -59,7 +59,7 @@ def reproduce(
 
     began_s = time.monotonic()
     home = Home(default_home())
-    if home.storage.tracking is None and not (home.root / "mlflow.db").is_file():
+    if not tracking.is_there(home):
         raise RegistryError("nothing is registered here yet", where=str(home.root))
     case = find_case(home, reference, given)
     _say_case(case)
@@ -87,17 +87,17 @@ def rerun(context: click.Context, request: Path, answer: Path) -> None:
     from mlops_ray.orchestration.executor import Executor
 
     asked = read_request(request)
-    workspace = open_workspace(Path.cwd())
-    workspace.import_roots()
-    spec = asked.spec(workspace.directory, tuple(str(root) for root in workspace.projects))
 
-    def run(spec: RunSpec) -> Any:
+    def run(asked: Request) -> None:
+        workspace = open_workspace(Path.cwd())
+        workspace.import_roots()
+        spec = asked.spec(workspace.directory, tuple(str(root) for root in workspace.projects))
         with RunDisplay(spec.project, spec.workflow.name) as display:
             display.say("starting Ray")
             connect(asked.cluster, roots=workspace.projects)
-            return Executor(spec, listener=display.update).run(fresh=True)
+            Executor(spec, listener=display.update).run(fresh=True)
 
-    context.exit(0 if run_request(spec, answer, run).succeeded else 1)
+    context.exit(0 if run_request(asked, answer, run).succeeded else 1)
 
 
 @contextmanager
@@ -111,9 +111,8 @@ def _folder(home: Home, keep: Path | None) -> Iterator[Path]:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep.resolve()
         return
-    parent = home.root / "reproductions"
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=parent)).resolve()
+    home.reproductions.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=home.reproductions)).resolve()
     try:
         yield folder
     finally:
@@ -145,13 +144,13 @@ def _check_environment(case: Case, home: Home, allowed: bool) -> list[Change]:
 
 def _say_case(case: Case) -> None:
     run, version = case.run, case.version
-    commit = str(run.provenance.get("commit") or "no commit")[:_DIGEST_LETTERS]
-    clean = run.provenance.get("dirty_digest") in (None, "clean")
+    commit, dirty = (run.provenance.get(name) for name in ("commit", "dirty_digest"))
+    code = "no commit"
+    if commit:
+        told = {"clean": "", None: ", changes not known"}.get(dirty, " with uncommitted changes")
+        code = f"{commit[:_DIGEST_LETTERS]}{told}"
     click.secho(f"{version.name}@{version.version}", bold=True, nl=False)
-    click.echo(
-        f": registered by run {run.run_id} ({run.workflow}), code {commit}"
-        f"{'' if clean else ' with uncommitted changes'}"
-    )
+    click.echo(f": registered by run {run.run_id} ({run.workflow}), code {code}")
     given = ", ".join(f"{n} {ref.digest[:_DIGEST_LETTERS]}" for n, ref in case.given.items())
     click.echo(f"as recorded: {given or 'nothing'}")
     click.echo(f"to run again: {', '.join(case.again)}")

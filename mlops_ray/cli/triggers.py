@@ -122,13 +122,13 @@ def list_verb(overrides: tuple[str, ...], as_json: bool) -> None:
 @_overrides
 def fire(name: str, overrides: tuple[str, ...]) -> None:
     """Fire a trigger now, by hand: also one that is paused, and before any interval is over."""
-    from mlops_ray.orchestration.triggers import by_hand
+    from mlops_ray.orchestration.triggers import by_hand, event_of
 
     _, project = _load(overrides)
     _known(project, name)
     ledger = _ledger(project)
     firing = by_hand(project.name, name, _person())
-    ledger.fire(firing)
+    ledger.fire(firing, event=event_of(firing, firing.status))
     click.echo(f"due: {firing.key}")
     if not _watched(ledger, project)["watched"]:
         click.secho("it runs when somebody watches: `mlops-ray triggers start`", fg="yellow")

@@ -133,11 +133,12 @@ def _mirror(project: Project) -> None:
     """MLflow is a view of the ledger: when it cannot be written, the run is still good."""
     from mlops_ray.metadata.home import Home
     from mlops_ray.metadata.mirror import mirror
+    from mlops_ray.metadata.redaction import redacted
 
     try:
         mirror(Home(project.home))
     except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = redacted(str(error)).partition("\n")[0] or type(error).__name__
         click.secho(f"warning: the run is not in MLflow: {text}", fg="yellow", err=True)
 
 

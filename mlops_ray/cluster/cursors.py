@@ -10,7 +10,7 @@ from mlops_ray.config.triggers import SOURCES, Trigger
 from mlops_ray.metadata.digest import digest_json
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Event, Firing, Lease, NewEvent
-from mlops_ray.orchestration.triggers import is_by_hand
+from mlops_ray.orchestration.triggers import hand_prefix
 
 DECLARED = "trigger_declared"
 PAUSED = "trigger_paused"
@@ -23,7 +23,7 @@ _RECENT = 100
 class Cursor:
     """Up to where one trigger has looked.
 
-    ``since``: the newest time of its schedule; ``event``: the id of the newest event; ``seen``: the
+    ``since``: the moment of its newest occasion; ``event``: the id of the newest event; ``seen``: the
     newest version or commit. ``next``: before this moment its schedule has nothing.
     """
 
@@ -50,9 +50,10 @@ def open_cursor(
         declared = _newest(ledger.events(project=project, kind=DECLARED), name)
         assert declared is not None
     cursor = Cursor(declared.at, declared.id, declared.data["seen"])
-    recent = ledger.firings(project=project, trigger=name, limit=_RECENT)
+    by_hand = hand_prefix(project, name)
+    recent = ledger.firings(project=project, trigger=name, not_like=by_hand, limit=_RECENT)
     for firing in reversed(recent):
-        if firing.at >= declared.at and not is_by_hand(firing):
+        if firing.at >= declared.at:
             _move(cursor, firing)
     return cursor
 

@@ -10,6 +10,7 @@ from mlops_ray.cluster.cursors import Cursor
 from mlops_ray.cluster.observations import World
 from mlops_ray.config.project import Project
 from mlops_ray.config.triggers import Trigger
+from mlops_ray.errors import MlopsRayError
 from mlops_ray.loop.policy import drift_breaches, performance_breaches
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Event
@@ -41,15 +42,18 @@ class Lookout:
             yield from self._due_times(name, trigger, cursor)
         elif trigger.data is not None:
             seen = self._world.version(trigger.data, cursor.seen)
-            yield from self._changed(
-                name, cursor, seen, f"{trigger.data}@{seen.rpartition(':')[2]}"
-            )
+            reason = f"{trigger.data}@{seen.rpartition(':')[2]}"
+            if seen:  # else the table is gone
+                yield from self._changed(name, cursor, seen, seen, reason)
         elif trigger.commit is not None:
             seen = self._world.head(trigger.commit)
-            yield from self._changed(name, cursor, seen, f"{trigger.commit} at {seen[:12]}")
+            # A branch can come back to a commit: what went before tells the two apart.
+            mark = f"{seen}~{cursor.since:%Y%m%dT%H%M%S.%f}"
+            reason = f"{trigger.commit} at {seen[:12]}"
+            yield from self._changed(name, cursor, seen, mark, reason)
         else:
             for event in self._new_events(trigger, cursor.event):
-                occasion = self._of_event(name, trigger, event)
+                occasion = self._read_event(name, trigger, cursor, event)
                 if occasion is not None:
                     yield occasion
                 cursor.event = event.id
@@ -64,12 +68,14 @@ class Lookout:
         upcoming = next_occurrence(trigger.cron, trigger.timezone, cursor.since)
         cursor.next = upcoming or datetime.max.replace(tzinfo=UTC)
 
-    def _changed(self, name: str, cursor: Cursor, seen: str, reason: str) -> Iterator[Occasion]:
+    def _changed(
+        self, name: str, cursor: Cursor, seen: str, mark: str, reason: str
+    ) -> Iterator[Occasion]:
         if seen == cursor.seen:
             return
-        data = {"seen": seen, "before": cursor.seen}
-        yield Occasion(trigger=name, mark=seen, at=self._clock(), reason=reason, data=data)
-        cursor.seen = seen
+        now, data = self._clock(), {"seen": seen, "before": cursor.seen}
+        yield Occasion(trigger=name, mark=mark, at=now, reason=reason, data=data)
+        cursor.seen, cursor.since = seen, max(cursor.since, now)
 
     def _new_events(self, trigger: Trigger, after: int) -> list[Event]:
         kinds: tuple[str, ...] = ()
@@ -83,6 +89,25 @@ class Lookout:
             self._ledger.events(project=self._project.name, kind=k, after=after) for k in kinds
         ]
         return sorted((event for events in found for event in events), key=lambda event: event.id)
+
+    def _read_event(
+        self, name: str, trigger: Trigger, cursor: Cursor, event: Event
+    ) -> Occasion | None:
+        """Return what an event means; the cursor moves past one that cannot be read.
+
+        Raises:
+            MlopsRayError: The event cannot be read, or the ledger cannot.
+        """
+        try:
+            return self._of_event(name, trigger, event)
+        except MlopsRayError:
+            raise
+        except Exception as error:
+            cursor.event = event.id
+            raise MlopsRayError(
+                f"event {event.id} ({event.kind}) cannot be read, and is passed over",
+                why=f"{type(error).__name__}: {error}",
+            ) from error
 
     def _of_event(self, name: str, trigger: Trigger, event: Event) -> Occasion | None:
         mark, reason = str(event.id), f"{event.kind} {event.id}"

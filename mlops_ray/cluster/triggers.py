@@ -20,7 +20,13 @@ from mlops_ray.cluster.observations import World
 from mlops_ray.config.base import Frozen
 from mlops_ray.config.project import Project
 from mlops_ray.config.triggers import Trigger
-from mlops_ray.errors import ClusterError, LeaseError, MlopsRayError
+from mlops_ray.errors import (
+    ClusterError,
+    JobRefusedError,
+    LeaseError,
+    LedgerError,
+    MlopsRayError,
+)
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Firing, Lease, NewEvent
 from mlops_ray.orchestration.jobs import JobCommand, JobOutcome, Jobs
@@ -28,12 +34,14 @@ from mlops_ray.orchestration.triggers import (
     FIRING_VARIABLE,
     REASON_VARIABLE,
     Action,
+    Failure,
     Occasion,
     after_failure,
     arguments,
+    event_of,
     firing_of,
+    hand_prefix,
     has_begun,
-    is_by_hand,
     plan,
     reason_of,
     submission_id,
@@ -196,10 +204,7 @@ class Dispatcher:
         if not occasion.skip and is_paused(self._ledger, self._name, name, trigger):
             occasion = occasion.model_copy(update={"skip": "paused"})
         firing = firing_of(self._name, occasion)
-        new = self._ledger.fire(firing, fence=fence)
-        if new:
-            self._note(firing, firing.status, fence)
-        return new
+        return self._ledger.fire(firing, event=event_of(firing, firing.status), fence=fence)
 
     # What becomes of it
 
@@ -219,16 +224,23 @@ class Dispatcher:
         trigger = self._triggers.get(firing.trigger)
         told = {"message": outcome.message.partition("\n")[0], "log": outcome.log}
         data = firing.data | {name: text for name, text in told.items() if text}
-        if outcome.status == "succeeded":
+        if outcome.status == "succeeded" or self._has_succeeded(firing):
             self._change(firing, status="succeeded")
         elif "stopping" in firing.data:
             self._change(firing, status="cancelled")
         elif trigger is None:
             self._change(firing, status="failed", data=data)
         else:
-            lost = outcome.status == "lost"
+            failure: Failure = "lost" if outcome.status == "lost" else "failures"
             failed = firing.model_copy(update={"data": data})
-            self._change(firing, **after_failure(trigger, failed, self._clock(), lost=lost))
+            self._change(firing, **after_failure(trigger, failed, self._clock(), failure))
+
+    def _has_succeeded(self, firing: Firing) -> bool:
+        """Say whether the firing's run succeeded, whatever became of its job."""
+        told = self._ledger.events(project=self._name, kind="triggered")
+        found = {event.run_id or "" for event in told if event.data.get("firing") == firing.key}
+        runs = [self._ledger.run(run_id) for run_id in found]
+        return any(run is not None and run.status == "succeeded" for run in runs)
 
     def _act(self) -> None:
         """Start, skip and stop what is due, of several triggers the longest waiting first."""
@@ -265,11 +277,11 @@ class Dispatcher:
         return (trigger.workflow, trigger.overrides) == (other.workflow, other.overrides)
 
     def _last_start(self, name: str) -> datetime | None:
-        recent = self._ledger.firings(project=self._name, trigger=name)
-        starts = [
-            f.data["started_at"] for f in recent if "started_at" in f.data and not is_by_hand(f)
-        ]
-        return datetime.fromisoformat(max(starts)) if starts else None
+        by_hand = hand_prefix(self._name, name)
+        found = self._ledger.firings(
+            project=self._name, trigger=name, not_like=by_hand, begun=True, limit=1
+        )
+        return datetime.fromisoformat(found[0].data["started_at"]) if found else None
 
     def _do(self, name: str, action: Action) -> None:
         firing = action.firing
@@ -291,7 +303,12 @@ class Dispatcher:
             self._change(firing, attempt=attempt, job=job, data=data)
         told = {REASON_VARIABLE: reason_of(firing), FIRING_VARIABLE: firing.key}
         command = self._spec.command.with_more(*arguments(trigger, firing, attempt), **told)
-        self._jobs.submit(job, command)
+        try:
+            self._jobs.submit(job, command)
+        except JobRefusedError as error:
+            refused = firing.model_copy(update={"data": data | {"message": error.why or error.what}})
+            self._change(firing, **after_failure(trigger, refused, self._clock(), "refused"))
+            raise
         self._change(firing, status="submitted", attempt=attempt, job=job)
 
     def _stop(self, firing: Firing, reason: str) -> None:
@@ -305,17 +322,11 @@ class Dispatcher:
         self._jobs.stop(firing.job)
 
     def _change(self, firing: Firing, **values: Any) -> None:
-        fence = self._held()
-        self._ledger.update_firing(firing.key, fence=fence, **values)
-        status = values.get("status", firing.status)
+        event, status = None, values.get("status", firing.status)
         if status != firing.status:
             told = {name: values[name] for name in ("job", "attempt") if name in values}
-            self._note(firing, status, fence, **told)
-
-    def _note(self, firing: Firing, status: str, fence: Lease, **told: Any) -> None:
-        data = {"firing": firing.key, "trigger": firing.trigger, "reason": firing.reason, **told}
-        event = NewEvent(project=self._name, kind=f"firing_{status}", data=data)
-        self._ledger.apply([event], fence=fence)
+            event = event_of(firing, status, **told)
+        self._ledger.update_firing(firing.key, event=event, fence=self._held(), **values)
 
     def _firings(self, status: str) -> list[Firing]:
         return self._ledger.firings(project=self._name, status=status, limit=_MOST_AT_ONCE)
@@ -325,10 +336,11 @@ class Dispatcher:
         """Keep one trigger's trouble from the others; it is tried again at the next tick."""
         try:
             yield
-        except LeaseError:
+        except LedgerError:
             raise
-        except MlopsRayError as error:
-            text = str(error)
+        except Exception as error:
+            known = isinstance(error, MlopsRayError)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
             if self._troubles.get(name) != text:
                 self._troubles[name] = text
                 data = {"trigger": name, "error": text}

@@ -105,8 +105,8 @@ class WebhookServer:
             return _answer(400, f"give the delivery an id in the header {' or '.join(DELIVERIES)}")
         try:
             payload = json.loads(body or b"null")
-        except ValueError:
-            return _answer(400, "the body is not JSON")
+        except (ValueError, RecursionError):
+            return _answer(400, "the body is not JSON, or nested too deep")
         told = {"event": event} if event else {}
         try:
             new = await asyncio.to_thread(self._deliver, name, delivery, payload, told)

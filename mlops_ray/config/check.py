@@ -21,7 +21,8 @@ from mlops_ray.config.workflow import Workflow
 from mlops_ray.errors import ConfigError, Problem
 
 OWN_PACKAGE = "mlops_ray"
-_TARGET_KEYS = ("_target_", "uses", "read", "clean", "function", "check")
+_ALWAYS = ("_target_", "uses")
+_TARGET_KEYS = (*_ALWAYS, "read", "clean", "function", "check")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _GIVEN_BY_TRAINER = frozenset({"num_numeric", "cardinalities"})
 _GIVEN_BY_RUN = frozenset({"context"})
@@ -166,14 +167,15 @@ def _target_problems(composed: Composed) -> Iterator[Problem]:
 
 
 def _targets(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each dotted name that would be loaded, with its path."""
+    """Yield each dotted name that the configuration loads, with its path. Inputs of steps are their
+    functions' own affair."""
     if isinstance(value, dict):
         for key, item in value.items():
             here = f"{path}.{key}" if path else str(key)
             if isinstance(item, str) and (key in _TARGET_KEYS or here == "model.target"):
-                if key in ("_target_", "uses") or _DOTTED.fullmatch(item):
+                if key in _ALWAYS or _DOTTED.fullmatch(item):
                     yield here, item
-            else:
+            elif not (key == "with" and path.startswith("workflow.steps.")):
                 yield from _targets(item, here)
     elif isinstance(value, list):
         for index, item in enumerate(value):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +16,15 @@ from pathlib import Path
 from mlops_ray.errors import ConfigError, Problem
 
 
+_HARMLESS = frozenset({"effect", "ensure", "cache", "lru_cache"})
+
+
 @dataclass(frozen=True)
 class Signature:
     """Parameters of a function or of a class's constructor, without ``self``.
 
-    ``open`` says that further keyword arguments are taken, or that they cannot be known;
+    ``required`` is empty where a decorator may give some; ``open`` says that further keyword
+    arguments are taken, or that they cannot be known;
     ``never_none`` are the parameters whose annotation leaves no room for None. ``node`` is the
     definition, ``module`` where it is.
     """
@@ -40,7 +45,7 @@ def find(target: str) -> Signature | None:
     file = module_file(module)
     if file is None:
         return None
-    for node in tree(file).body:
+    for node in _top(tree(file).body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
             return _of_function(node, file, module)
         if isinstance(node, ast.ClassDef) and node.name == name:
@@ -58,7 +63,7 @@ def names(module: str) -> list[str]:
     if file is None:
         return []
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    body = tree(file).body
+    body = _top(tree(file).body)
     return [n.name for n in body if isinstance(n, kinds) and not n.name.startswith("_")]
 
 
@@ -99,6 +104,21 @@ def tree(file: Path) -> ast.Module:
     return _parse_at(file, file.stat().st_mtime_ns)
 
 
+def _top(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the statements that run at import, also those inside ``if``, ``try`` and ``with``."""
+    for node in body:
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            yield from _top(node.body)
+            for handler in node.handlers if isinstance(node, ast.Try) else ():
+                yield from _top(handler.body)
+            if not isinstance(node, ast.With):
+                yield from _top(node.orelse)
+            if isinstance(node, ast.Try):
+                yield from _top(node.finalbody)
+        else:
+            yield node
+
+
 def _of_function(
     node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path, module: str
 ) -> Signature:
@@ -117,7 +137,7 @@ def _of_function(
         file,
         node.lineno,
         tuple(parameters),
-        frozenset(required - {"self", "cls"}),
+        frozenset(required - {"self", "cls"}) if _is_plain(node) else frozenset(),
         open=arguments.kwarg is not None,
         never_none=frozenset(
             argument.arg
@@ -127,6 +147,12 @@ def _of_function(
         module=module,
         node=node,
     )
+
+
+def _is_plain(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Say whether no decorator can give an argument that the caller does not."""
+    words = (ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list)
+    return all(word.rpartition(".")[2] in _HARMLESS for word in words)
 
 
 def _excludes_none(annotation: str) -> bool:
@@ -159,6 +185,5 @@ def _origin(node: ast.ImportFrom, name: str, module: str) -> str | None:
 
 
 def _assigns(node: ast.stmt, name: str) -> bool:
-    if isinstance(node, ast.Assign):
-        return any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
-    return False
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return any(isinstance(t, ast.Name) and t.id == name for t in targets)

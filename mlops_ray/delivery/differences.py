@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlops_ray.metadata.digest import digest_file
 
@@ -30,7 +31,7 @@ def describe(kind: str, then: Any, now: Any) -> list[str]:
         "table": _tables,
         "tree": _trees,
         "json": lambda a, b: _values(a, b, ""),
-        "tensors": lambda a, b: _arrays(dict(a), dict(b)),
+        "tensors": lambda a, b: _arrays(*(v if isinstance(v, dict) else {"": v} for v in (a, b))),
         "list": lambda a, b: _values(list(map(str, a)), list(map(str, b)), ""),
     }
     lines = list(islice(described[kind](then, now), _MOST_LINES + 1)) if kind in described else []
@@ -38,34 +39,53 @@ def describe(kind: str, then: Any, now: Any) -> list[str]:
 
 
 def _tables(then: pa.Table, now: pa.Table) -> Iterator[str]:
-    if then.schema != now.schema:
-        old, new = ({f.name: str(f.type) for f in t.schema} for t in (then, now))
-        yield from _values(old, new, "column ")
+    before, after = _by_name(then), _by_name(now)
+    types = [{name: str(column.type) for name, column in t.items()} for t in (before, after)]
+    yield from _values(*types, "column ")
     if then.num_rows != now.num_rows:
         yield f"{then.num_rows:,} rows then, {now.num_rows:,} now"
     rows = min(then.num_rows, now.num_rows)
-    for name in then.column_names:
-        if name in now.column_names:
-            yield from _columns(name, then[name].slice(0, rows), now[name].slice(0, rows))
+    for name in (name for name in before if name in after):
+        yield from _columns(name, before[name].slice(0, rows), after[name].slice(0, rows))
+
+
+def _by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    """Return the columns by name; the second one of a name is ``name (2)``."""
+    counts: Counter[str] = Counter()
+    found = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        counts[name] += 1
+        found[name if counts[name] == 1 else f"{name} ({counts[name]})"] = column
+    return found
 
 
 def _columns(name: str, then: pa.ChunkedArray, now: pa.ChunkedArray) -> Iterator[str]:
+    if then.type != now.type or then.equals(now):
+        return
+    places = _places(then, now)
+    if places:
+        yield f"column {name}: {len(places):,} of {len(then):,} rows differ"
+    for place in places[:_MOST_ROWS]:
+        yield f"  row {place}: {_change(then[place].as_py(), now[place].as_py())}"
+
+
+def _places(then: pa.ChunkedArray, now: pa.ChunkedArray) -> list[int]:
+    """Return the rows in which two columns of one type differ."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if then.type != now.type or then.equals(now):
-        return
+    if pa.types.is_nested(then.type):
+        # Arrow compares no lists and structs.
+        pairs = zip(then, now, strict=True)
+        return [at for at, pair in enumerate(pairs) if len({_text(v.as_py()) for v in pair}) > 1]
     # NaN equals nothing, and null compares to null: both are told apart by hand.
     unequal = pc.fill_null(pc.not_equal(then, now), False)
     if pa.types.is_floating(then.type):
         both = pc.and_(pc.is_nan(then), pc.is_nan(now))
         unequal = pc.and_(unequal, pc.invert(pc.fill_null(both, False)))
     unequal = pc.or_(unequal, pc.not_equal(pc.is_null(then), pc.is_null(now)))
-    places = pc.indices_nonzero(unequal).to_pylist()
-    if places:
-        yield f"column {name}: {len(places):,} of {len(then):,} rows differ"
-    for place in places[:_MOST_ROWS]:
-        yield f"  row {place}: {_change(then[place].as_py(), now[place].as_py())}"
+    places: list[int] = pc.indices_nonzero(unequal).to_pylist()
+    return places
 
 
 def _trees(then: Path, now: Path) -> Iterator[str]:
@@ -83,7 +103,7 @@ def _file(then: Path, now: Path) -> Iterator[str]:
     if then.suffix == ".json":
         yield from _values(json.loads(then.read_bytes()), json.loads(now.read_bytes()), "")
     elif then.suffix == ".safetensors":
-        from safetensors.numpy import load_file
+        from safetensors.torch import load_file
 
         yield from _arrays(load_file(then), load_file(now))
     elif then.suffix == ".arrow":
@@ -99,22 +119,58 @@ def _files(path: Path) -> dict[str, Path]:
     return {str(f.relative_to(path)): f for f in path.rglob("*") if f.is_file()}
 
 
+class _Array(NamedTuple):
+    """A tensor: its type and shape, its bytes, and its values as numpy has them."""
+
+    form: str
+    bits: Any
+    values: Any
+
+
+def _array(tensor: Any) -> _Array:
+    import numpy as np
+
+    form = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    if hasattr(tensor, "detach"):
+        import torch
+
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        bits = plain.view(torch.uint8).numpy()
+        # numpy has no bfloat16.
+        values = (plain.double() if plain.is_floating_point() else plain).numpy()
+    else:
+        values = np.ascontiguousarray(tensor).reshape(-1)
+        bits = values.view(np.uint8)
+    return _Array(form, bits, values)
+
+
+def _exact(values: Any) -> Any:
+    """Return values as a type in which their differences are right."""
+    import numpy as np
+
+    kinds = {"c": np.complex128, "i": object, "u": object}
+    return values.astype(kinds.get(values.dtype.kind, np.float64))
+
+
 def _arrays(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     import numpy as np
 
     for name in sorted(then.keys() | now.keys()):
+        label = f"{name}: " if name else ""
         if name not in then or name not in now:
-            yield f"{name}: {'only then' if name in then else 'only now'}"
+            yield f"{label}{'only then' if name in then else 'only now'}"
             continue
-        old, new = (np.asarray(arrays[name]) for arrays in (then, now))
-        if old.dtype != new.dtype or old.shape != new.shape:
-            yield f"{name}: {old.dtype}{list(old.shape)} then, {new.dtype}{list(new.shape)} now"
-        elif old.tobytes() != new.tobytes():
+        old, new = (_array(arrays[name]) for arrays in (then, now))
+        if old.form != new.form:
+            yield f"{label}{old.form} then, {new.form} now"
+        elif not np.array_equal(old.bits, new.bits):
             # Values that are equal and have other bits count: 0.0 and -0.0.
-            bits = [np.frombuffer(array.tobytes(), np.uint8) for array in (old, new)]
-            count = int((bits[0] != bits[1]).reshape(old.size, -1).any(axis=1).sum())
-            farthest = float(np.max(np.abs(old.astype(np.float64) - new.astype(np.float64))))
-            yield f"{name}: {count:,} of {old.size:,} values differ, by at most {farthest:.3g}"
+            size = old.values.size
+            differs = (old.bits != new.bits).reshape(size, -1).any(axis=1)
+            with np.errstate(invalid="ignore"):
+                apart = np.abs(_exact(old.values[differs]) - _exact(new.values[differs]))
+            told = f"by at most {float(apart.max()):.3g}"
+            yield f"{label}{apart.size:,} of {size:,} values differ, {told}"
 
 
 def _values(then: Any, now: Any, path: str) -> Iterator[str]:

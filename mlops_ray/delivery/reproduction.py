@@ -26,6 +26,7 @@ from mlops_ray.metadata.artifacts import ArtifactRef, open_artifacts
 from mlops_ray.metadata.files import write_whole
 from mlops_ray.metadata.home import Home, Storage
 from mlops_ray.metadata.records import RunRecord, StepRecord
+from mlops_ray.metadata.redaction import redacted
 from mlops_ray.metadata.source import make_source
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.orchestration.graph import Graph, build
@@ -98,6 +99,7 @@ def find_case(home: Home, reference: str, given: Collection[str] = ()) -> Case:
 
     Raises:
         RegistryError: There is no such version, or nobody knows what made it.
+        WorkflowError: A step in ``given`` is not there, or is what has to be compared.
         ArtifactError: Its package is not what was registered.
     """
     from mlops_ray.registry.registry import Registry
@@ -114,7 +116,7 @@ def find_case(home: Home, reference: str, given: Collection[str] = ()) -> Case:
         if not found:
             raise RegistryError(
                 f"the ledger does not know what made {name}",
-                where=home.ledger_url,
+                where=redacted(home.ledger_url),
                 fix="register it by a workflow; older versions have no record of it",
             )
         run, link = max(found, key=lambda pair: pair[0].started_at)
@@ -123,8 +125,20 @@ def find_case(home: Home, reference: str, given: Collection[str] = ()) -> Case:
         ledger.close()
     recorded = {step.name: step for step in steps if step.output is not None}
     whole = build(Workflow.model_validate(run.config["workflow"]))
-    facts = {n for n in whole.order if whole.step(n).mode != "pure"} | set(given)
-    wanted = [n for n in whole.order if n in inputs_of(whole, link.step) and n not in facts]
+    facts = {n for n in whole.order if whole.step(n).mode != "pure"}
+    sources = [n for n in whole.order if n in inputs_of(whole, link.step)]
+    if refused := [n for n in sources if n in given and whole.step(n).mode == "pure"]:
+        raise WorkflowError(
+            f"the output of {refused[0]} cannot be given: it is what is to be made again",
+            fix="give a step before it",
+        )
+    wanted = [n for n in sources if n not in facts]
+    if compared := sorted(set(given) & set(wanted)):
+        raise WorkflowError(
+            f"the output of step {compared[0]} is what has to come out again",
+            fix=f"give steps before: {', '.join(wanted)} are compared and have to run",
+        )
+    facts |= set(given)
     package = [n for n in wanted if _is_package(home, recorded[n], version)]
     if not package:
         raise RegistryError(

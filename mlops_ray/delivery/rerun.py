@@ -7,6 +7,7 @@ hold may be added to, and must not change its meaning.
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,10 @@ class Result(Frozen):
 
 
 class Answer(Frozen):
-    """What became of the run: its steps in their order. ``error`` says why it failed, if it did."""
+    """What became of the run: its steps in their order. ``error`` says why it failed, if it did.
+
+    ``run_id`` is empty where no run began.
+    """
 
     run_id: str
     succeeded: bool
@@ -93,29 +97,35 @@ def read_request(path: Path) -> Request:
     return Request.model_validate_json(path.read_bytes())
 
 
-def rerun(spec: RunSpec, answer: Path, run: Callable[[RunSpec], Any]) -> Answer:
-    """Run what a request asks for, and write the answer to a file.
+def rerun(request: Request, answer: Path, run: Callable[[Request], None]) -> Answer:
+    """Run what a request asks for, and write the answer to a file, whatever becomes of it.
 
     Args:
-        spec: That of the request.
+        request: What to run.
         answer: The file to write.
-        run: Runs a spec on a Ray that this process is connected to; raises where a step fails.
+        run: Runs a request; raises where it cannot, or where a step fails.
     """
     error = ""
     try:
-        run(spec)
+        run(request)
     except StepError as failure:
         error = str(failure)
-    found = _answer(spec, error)
+    except Exception as failure:
+        # Nobody expects it, so its place in the code may be needed.
+        traceback.print_exc()
+        error = f"{type(failure).__name__}: {failure}"
+    found = _answer(Home(request.home), error)
     write_whole(answer, found.model_dump_json(indent=1).encode())
     return found
 
 
-def _answer(spec: RunSpec, error: str) -> Answer:
-    ledger = open_ledger(spec.home)
+def _answer(home: Home, error: str) -> Answer:
+    ledger = open_ledger(home)
     try:
-        (record,) = ledger.runs(limit=1)
-        steps = {}
+        runs = ledger.runs(limit=1)
+        if not runs:
+            return Answer(run_id="", succeeded=False, error=error)
+        record, steps = runs[0], {}
         for step in ledger.steps(record.run_id):
             parts = (ledger.key_parts(step.key) if step.key else None) or {}
             began, ended = step.started_at, step.ended_at
@@ -128,7 +138,7 @@ def _answer(spec: RunSpec, error: str) -> Answer:
             )
     finally:
         ledger.close()
-        dismiss_writer(spec.home)
+        dismiss_writer(home)
     return Answer(
         run_id=record.run_id, succeeded=record.status == "succeeded", error=error, steps=steps
     )

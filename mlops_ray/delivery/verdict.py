@@ -51,7 +51,8 @@ def judge(case: Case, home: Home, prepared: Prepared, answer: Answer) -> Verdict
     metrics = {n: answer.steps[n].output if n in answer.steps else None for n in case.metrics}
     then = digest_json({name: case.output(name).digest for name in case.metrics})
     reached = {name: ref.digest for name, ref in metrics.items() if ref is not None}
-    now = digest_json(reached) if len(reached) == len(metrics) else None
+    # Where no metrics came out none are the same.
+    now = digest_json(reached) if reached and len(reached) == len(metrics) else None
     if len(case.metrics) == 1:
         then, now = case.output(case.metrics[0]).digest, reached.get(case.metrics[0])
     return Verdict(
@@ -107,6 +108,9 @@ def _lines(home: Home, then: ArtifactRef, clean: Home, now: ArtifactRef) -> tupl
         return tuple(describe(then.kind, *values))
     except ArtifactError as error:
         return (f"cannot be compared: {error.what}",)
+    except Exception as error:
+        # Steps give whatever they like; that the digests differ is known all the same.
+        return (f"cannot be compared: {type(error).__name__}: {error}",)
 
 
 def _weights(home: Home, package: ArtifactRef | None) -> str | None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from mlops_ray.config.base import Frozen
 from mlops_ray.errors import ArtifactError, StorageError
@@ -26,7 +27,7 @@ from mlops_ray.metadata.codecs import (
 from mlops_ray.metadata.digest import (
     digest_bytes,
     digest_file,
-    digest_json,
+    digest_files,
     new_digest,
     tree_files,
 )
@@ -60,7 +61,7 @@ def open_artifacts(home: Home) -> ArtifactStore:
         return ArtifactStore(FolderBlobs(home.artifacts))
     if address.startswith("file://"):
         # A folder that machines share; as a bucket it would show files that are half written.
-        return ArtifactStore(FolderBlobs(Path(address.removeprefix("file://"))))
+        return ArtifactStore(FolderBlobs(Path(unquote(urlsplit(address).path))))
     return ArtifactStore(_bucket(address, home.root / "cache"))
 
 
@@ -88,7 +89,7 @@ class ArtifactStore:
             ArtifactError: The value is of no kind that can be stored.
             StorageError: The store cannot be written.
         """
-        with self._writing():
+        with self.writing():
             if isinstance(value, Path):
                 return self._put_path(value)
             if is_collection(value):
@@ -105,7 +106,7 @@ class ArtifactStore:
         counts = [ref.rows for ref in refs if ref.rows is not None]
         rows = sum(counts) if counts and len(counts) == len(refs) else None
         data = json.dumps(entries, separators=(",", ":")).encode()
-        with self._writing():
+        with self.writing():
             return self._put_encoded(Encoded("list", data, rows=rows))
 
     def elements(self, ref: ArtifactRef) -> list[ArtifactRef]:
@@ -153,7 +154,7 @@ class ArtifactStore:
 
     def discard(self, digest: str) -> None:
         """Remove an artifact, for instance a corrupt one; nothing happens when it is not there."""
-        with self._writing():
+        with self.writing():
             self.blobs.discard(digest)
 
     def path(self, digest: str) -> Path:
@@ -164,16 +165,24 @@ class ArtifactStore:
         """Return the digests of all blobs that an artifact is made of, its own included.
 
         What is missing is left out.
+
+        Raises:
+            ArtifactError: What says which they are is corrupt.
+            StorageError: The store cannot be read.
         """
         found = {ref.digest}
-        try:
-            if ref.kind == "tree":
+        if ref.kind == "tree":
+            with self._reading(ref.digest):
                 found.update(self.blobs.members(ref.digest))
-            elif ref.kind == "list":
-                for element in self.elements(ref):
-                    found |= self.needs(element)
-        except (ArtifactError, FileNotFoundError):
-            pass
+        elif ref.kind == "list":
+            try:
+                elements = self.elements(ref)
+            except ArtifactError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    return found
+                raise
+            for element in elements:
+                found |= self.needs(element)
         return found
 
     def copy(self, ref: ArtifactRef, source: ArtifactStore) -> None:
@@ -191,7 +200,7 @@ class ArtifactStore:
             return
         with source._reading(ref.digest):
             path = source.blobs.fetch(ref.digest)
-        with self._writing():
+        with self.writing():
             copied = self._put_path(path)
         if copied.digest != ref.digest:
             self.discard(copied.digest)
@@ -212,7 +221,7 @@ class ArtifactStore:
         return ArtifactRef(digest=digest, kind=encoded.kind, size=size, rows=encoded.rows)
 
     def _put_path(self, path: Path) -> ArtifactRef:
-        if not path.exists():
+        if not path.is_file() and not path.is_dir():
             raise ArtifactError("there is no such file or folder to store", where=str(path))
         with self.blobs.staging() as folder:
             draft = folder / "blob"
@@ -222,7 +231,7 @@ class ArtifactStore:
                 self.blobs.keep_file(digest, draft)
             else:
                 files, size = _copy_tree(path, draft)
-                digest = digest_json(files)
+                digest = digest_files(files)
                 self.blobs.keep_tree(digest, draft, files)
         return ArtifactRef(digest=digest, kind="tree", size=size)
 
@@ -269,7 +278,8 @@ class ArtifactStore:
             ) from error
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Turn what the store refuses into a ``StorageError``."""
         try:
             yield
         except OSError as error:
@@ -290,6 +300,13 @@ def _copy(source: Path, target: Path) -> str:
 def _copy_tree(source: Path, target: Path) -> tuple[dict[str, str], int]:
     """Copy a folder's files durably; return their digests by name, and the sum of their sizes."""
     names = tree_files(source)
+    for name in names:
+        if not (source / name).is_file():
+            raise ArtifactError(
+                "a folder cannot be stored: what lies in it is no file, or a link to nothing",
+                where=str(source / name),
+                fix="remove it",
+            )
     target.mkdir()
     for parent in {(target / name).parent for name in names}:
         parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ from mlops_ray.errors import ArtifactError
 
 GRACE = timedelta(days=1)
 """What was written, or used as it was, within this time is never collected."""
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+"""How blobs are named."""
+
+OWNER = "ledger"
+"""The file beside the blobs that holds a run of the ledger that the store belongs to."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,11 @@ class Blobs(Protocol):
         """Say whether ``verify`` holds for each of them."""
 
     def members(self, digest: str) -> list[str]:
-        """Return the digests of the other blobs that a tree is kept in."""
+        """Return the digests of the other blobs that a tree is kept in.
+
+        Raises:
+            ArtifactError: The list of them is corrupt.
+        """
 
     def discard(self, digest: str) -> None:
         """Remove a blob; nothing happens when it is not there."""
@@ -80,6 +91,12 @@ class Blobs(Protocol):
 
     def collect(self, digest: str, before: datetime) -> bool:
         """Remove a blob unless it was written or used since ``before``; say whether it is gone."""
+
+    def owner(self) -> str | None:
+        """Return the run that the store is marked with: its ledger has it; None without a mark."""
+
+    def mark(self, run_id: str) -> None:
+        """Mark the store as that of the ledger that has this run."""
 
     def sweep(self, before: datetime) -> int:
         """Remove drafts older than ``before``, left by processes that died; return their bytes."""

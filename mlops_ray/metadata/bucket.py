@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlops_ray.errors import ArtifactError, StorageError
-from mlops_ray.metadata.blobs import GRACE, Blob, corrupt
-from mlops_ray.metadata.digest import canonical_json, digest_bytes, digest_tree
+from mlops_ray.metadata.blobs import DIGEST, GRACE, OWNER, Blob, corrupt
+from mlops_ray.metadata.digest import canonical_json, digest_bytes, digest_listing, digest_tree
 from mlops_ray.metadata.folder import FolderBlobs
+from mlops_ray.metadata.redaction import redacted
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -63,8 +64,8 @@ class BucketBlobs:
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise StorageError(
                 "the store of artifacts cannot be opened",
-                where=address.partition("?")[0],
-                why=str(error),
+                where=redacted(address.partition("?")[0], address),
+                why=redacted(str(error), address),
                 fix="write for example s3://bucket/prefix?region=eu-central-1 into "
                 "MLOPS_RAY_ARTIFACTS",
             ) from error
@@ -154,10 +155,10 @@ class BucketBlobs:
             return all(pool.map(self.verify, dict.fromkeys(digests)))
 
     def members(self, digest: str) -> list[str]:
-        """Return the digests of a tree's files; [] for a file."""
+        """Return the digests of a tree's files; [] for a file, and for what is not there."""
         try:
             return sorted(set(self._listing(digest).values()))
-        except (FileNotFoundError, ArtifactError):
+        except FileNotFoundError:
             return []
 
     def discard(self, digest: str) -> None:
@@ -179,8 +180,11 @@ class BucketBlobs:
 
         selector = fs.FileSelector(self._prefix, recursive=True, allow_not_found=True)
         for info in self._files.get_file_info(selector):
-            if info.is_file:
-                yield Blob(info.base_name.removesuffix(_TREE), info.size, _moment(info))
+            digest = info.base_name.removesuffix(_TREE)
+            # Whatever else lies below the prefix is not ours.
+            is_ours = DIGEST.fullmatch(digest) and info.path.startswith(self._key(digest))
+            if info.is_file and is_ours:
+                yield Blob(digest, info.size, _moment(info))
 
     def collect(self, digest: str, before: datetime) -> bool:
         """Delete a blob that was not written since ``before``; from the cache in any case."""
@@ -195,6 +199,18 @@ class BucketBlobs:
     def sweep(self, before: datetime) -> int:
         """Remove old drafts from the cache; object stores show no halves."""
         return self._cache.sweep(before)
+
+    def owner(self) -> str | None:
+        """Return the run that the store is marked with."""
+        try:
+            with self._files.open_input_stream(f"{self._prefix}/{OWNER}") as stream:
+                return bytes(stream.read()).decode()
+        except FileNotFoundError:
+            return None
+
+    def mark(self, run_id: str) -> None:
+        """Mark the store as that of the ledger that has this run."""
+        self._upload(f"{self._prefix}/{OWNER}", run_id.encode(), anew=True)
 
     def _key(self, digest: str) -> str:
         return f"{self._prefix}/{digest[:2]}/{digest}"
@@ -254,7 +270,7 @@ class BucketBlobs:
         key = self._key(digest) + _TREE
         with self._files.open_input_stream(key) as stream:
             data = stream.read()
-        if digest_bytes(data) != digest:
+        if digest_listing(data) != digest:
             raise corrupt(digest, key)
         return json.loads(data)
 

@@ -3,11 +3,13 @@
 changes.patch   `git diff --binary` against the commit
 untracked/…     files that git neither tracks nor ignores
 skipped.json    those that are too large to keep: size in bytes and time of change in ns
+special.json    which of them are executable, and those that are links to folders or to nothing
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import tempfile
@@ -19,14 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
-from mlops_ray.metadata.digest import digest_bytes, digest_file, digest_json
+from mlops_ray.metadata.digest import digest_bytes, digest_file, digest_files
 
 SOURCE_VARIABLE = "MLOPS_RAY_SOURCE"
 SHIPPED = "mlops-ray-source.zip"
 PATCH = "changes.patch"
 UNTRACKED = "untracked"
 SKIPPED = "skipped.json"
+SPECIAL = "special.json"
 
+_logger = logging.getLogger(__name__)
 _CLEAN = "clean"
 _LARGEST_FILE_BYTES = 10_000_000
 _MOST_BYTES = 100_000_000
@@ -62,7 +66,7 @@ class Changes:
         """The digest of the tree, found without making it."""
         digests = {name: digest_bytes(data) for name, data in self.written.items()}
         digests |= {name: digest_file(path) for name, path in self.copied.items()}
-        return digest_json(digests)
+        return digest_files(digests)
 
     @property
     def size(self) -> int:
@@ -134,6 +138,13 @@ def _look(folder: Path) -> tuple[SourceState, Changes | None]:
     top, prefix, commit = found.decode().split("\n")[:3]
     changes = _changes(Path(top))
     inside = prefix.rstrip("/") or "."
+    if changes is None:
+        _logger.warning(
+            "%s: git cannot say what is not committed, so this run's code will not be known; see "
+            "why with `git diff HEAD` and `git ls-files --others`",
+            top,
+        )
+        return SourceState(commit, None, inside), None
     if not (changes.written or changes.copied):
         return SourceState(commit, _CLEAN, inside), None
     return SourceState(commit, changes.digest, inside), changes
@@ -150,22 +161,29 @@ def _told(folder: Path) -> tuple[SourceState, Changes | None]:
     return state, changes if changes.digest == state.dirty_digest else None
 
 
-def _changes(top: Path) -> Changes:
+def _changes(top: Path) -> Changes | None:
+    """Return what is not committed; None where git cannot say."""
     excluded = [f"--exclude={pattern}" for pattern in _NOT_SOURCE]
     others = ("ls-files", "-z", "--others", "--exclude-standard", *excluded)
     with ThreadPoolExecutor(2) as pool:
         diff = pool.submit(git, top, "diff", *_PLAIN_DIFF, *_PREFIXES, "HEAD")
         untracked = pool.submit(git, top, *others)
-    written = {PATCH: diff.result() or b""}
-    names = [os.fsdecode(name) for name in (untracked.result() or b"").split(b"\0") if name]
+    patch, listed = diff.result(), untracked.result()
+    if patch is None or listed is None:
+        return None
+    written = {PATCH: patch}
     copied: dict[str, Path] = {}
     skipped: dict[str, dict[str, int]] = {}
+    executable: list[str] = []
+    links: dict[str, str] = {}
     total = 0
-    for name in names:
+    for name in (os.fsdecode(name) for name in listed.split(b"\0") if name):
         file = top / name
         if not file.is_file():
+            links |= {name: os.readlink(file)} if file.is_symlink() else {}
             continue
         found = file.stat()
+        executable += [name] if found.st_mode & 0o100 else []
         if found.st_size > _LARGEST_FILE_BYTES or total + found.st_size > _MOST_BYTES:
             skipped[name] = {"size": found.st_size, "changed_ns": found.st_mtime_ns}
         else:
@@ -173,6 +191,9 @@ def _changes(top: Path) -> Changes:
             total += found.st_size
     if skipped:
         written[SKIPPED] = json.dumps(skipped, indent=1, sort_keys=True).encode()
+    if executable or links:
+        special = {"executable": executable, "links": links}
+        written[SPECIAL] = json.dumps(special, indent=1, sort_keys=True).encode()
     return Changes({name: data for name, data in written.items() if data}, copied)
 
 

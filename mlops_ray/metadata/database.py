@@ -24,6 +24,7 @@ PATIENCE_S = 30.0
 _OPENING_PATIENCE_S = 5.0
 _REQUESTS_BETWEEN_CLEANINGS = 1000
 _LONGEST_PAUSE_S = 0.5
+_MOST_OPENINGS = 5
 _Result = TypeVar("_Result")
 
 
@@ -57,7 +58,7 @@ class Database:
         self._writing = threading.Lock()
         self._remembered = 0
         parsed = sa.make_url(url)
-        self._where = parsed.render_as_string(hide_password=True)
+        self._url = url
         self._is_server = parsed.get_backend_name() == "postgresql"
         self._create = create
         is_file = not self._is_server and parsed.database
@@ -66,7 +67,7 @@ class Database:
         try:
             self._engine = make_engine(parsed, patience_s)
         except ImportError as error:
-            raise explained(error, self._where) from error
+            raise explained(error, self._url) from error
         self._writes = self._engine.execution_options(writes=True)
         patience = min(patience_s, _OPENING_PATIENCE_S) if self._is_server else patience_s
         self._patiently(lambda _again: self._open(), patience)
@@ -87,13 +88,13 @@ class Database:
         """Do operations in one transaction where possible; return their replies.
 
         Each is done whole or not at all. One that is refused has the error for its reply, and the
-        others are done.
+        others are done. Where the database is locked, full or away, that is the reply to all.
         """
         try:
             return self._perform(requests)
         except Exception as error:
-            if len(requests) == 1:
-                return [self._own(error)]
+            if len(requests) == 1 or isinstance(error, OSError | sa.exc.OperationalError):
+                return [self._own(error) for _ in requests]
         return [self.write_all([request])[0] for request in requests]
 
     def read(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
@@ -135,15 +136,25 @@ class Database:
         return (found.st_dev, found.st_ino) if found is not None else None
 
     def _perform(self, requests: Sequence[Request]) -> list[Any]:
-        self._follow_file()
-        # SQLite lets one writer in; threads that wait here are let in sooner than by its polling.
-        with self._writing, self._writes.begin() as connection:
-            replies = [perform(connection, request) for request in requests]
-            self._remembered += sum(1 for request in requests if request.id)
-            if self._remembered >= _REQUESTS_BETWEEN_CLEANINGS:
-                self._remembered = 0
-                forget_requests(connection)
-            return replies
+        for _ in range(_MOST_OPENINGS):
+            self._follow_file()
+            # SQLite lets one writer in; threads that wait here are let in sooner than by its polling.
+            with self._writing:
+                file = self._file
+                with self._writes.begin() as connection:
+                    replies = self._answer(connection, requests)
+            # The file may have been removed while we wrote to it: that would be lost.
+            if self._path is None or self._identity() == file:
+                return replies
+        raise FileNotFoundError(f"{self._path} is removed again and again")
+
+    def _answer(self, connection: sa.Connection, requests: Sequence[Request]) -> list[Any]:
+        replies = [perform(connection, request) for request in requests]
+        self._remembered += sum(1 for request in requests if request.id)
+        if self._remembered >= _REQUESTS_BETWEEN_CLEANINGS:
+            self._remembered = 0
+            forget_requests(connection)
+        return replies
 
     def _select(self, query: Any) -> list[dict[str, Any]]:
         self._follow_file()
@@ -159,14 +170,14 @@ class Database:
             try:
                 return work(again)
             except OSError as error:
-                raise explained(error, self._where) from error
+                raise explained(error, self._url) from error
             except sa.exc.SQLAlchemyError as error:
                 if not is_lost(error) or time.monotonic() > deadline:
-                    raise explained(error, self._where) from error
+                    raise explained(error, self._url) from error
             again = True
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _own(self, error: Exception) -> Exception:
         known = isinstance(error, sa.exc.SQLAlchemyError | OSError)
-        return explained(error, self._where) if known else error
+        return explained(error, self._url) if known else error

@@ -17,8 +17,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from mlops_ray.errors import ArtifactError
+
 CHUNK_BYTES = 1 << 20
 _THREADS = 8
+_FOLDER = b"folder"
 _LEAST_AGE_NS = 2_000_000_000
 _ATOMS = (str, int, float, bool, type(None))
 
@@ -58,7 +61,20 @@ def _read_digest(path: str) -> str:
 
 def digest_tree(path: Path) -> str:
     """Return the digest of a file, or of a folder's relative names and contents."""
-    return digest_file(path) if path.is_file() else digest_json(file_digests(path))
+    return digest_file(path) if path.is_file() else digest_files(file_digests(path))
+
+
+def digest_files(files: Mapping[str, str]) -> str:
+    """Return the digest of a folder: of its files' digests by relative name."""
+    return digest_listing(canonical_json(files))
+
+
+def digest_listing(listing: bytes) -> str:
+    """Return the digest of a folder whose files' digests by name are this canonical JSON.
+
+    It is not the digest of these bytes: a value that says the same is another thing.
+    """
+    return hashlib.blake2b(listing, digest_size=32, person=_FOLDER).hexdigest()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -71,13 +87,26 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def tree_files(folder: Path) -> list[str]:
-    """Return the relative names of all files below a folder, sorted."""
-    found = (
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    )
-    return sorted(os.path.relpath(name, folder) for name in found)
+    """Return the relative names of all files below a folder, sorted.
+
+    Raises:
+        ArtifactError: A link in it leads to a folder that it lies in.
+    """
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        for name in folders:
+            _refuse_loop(parent, os.path.join(parent, name))
+        found += (os.path.relpath(os.path.join(parent, name), folder) for name in names)
+    return sorted(found)
+
+
+def _refuse_loop(parent: str, folder: str) -> None:
+    if os.path.islink(folder) and Path(parent).resolve().is_relative_to(Path(folder).resolve()):
+        raise ArtifactError(
+            "a folder cannot be stored: a link in it leads to a folder that it lies in",
+            where=folder,
+            fix="remove the link",
+        )
 
 
 def canonical_json(value: Any) -> bytes:

@@ -12,13 +12,14 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlops_ray.metadata.blobs import Blob
+from mlops_ray.metadata.blobs import DIGEST, OWNER, Blob
 from mlops_ray.metadata.digest import digest_tree
-from mlops_ray.metadata.files import sync
+from mlops_ray.metadata.files import sync, write_whole
 
 _DRAFT = ".incoming-"
 _SHELVES = tuple(f"{number:02x}" for number in range(256))
 _TOUCH_EVERY_S = 3600.0
+_UNSETTLED_S = 60.0
 
 
 class FolderBlobs:
@@ -46,8 +47,8 @@ class FolderBlobs:
             yield Path(folder)
 
     def keep(self, digest: str, data: bytes) -> None:
-        """Store bytes: one write, two fsyncs; none where they are there already."""
-        if self.verify(digest):
+        """Store bytes: one write, two fsyncs; none where they have long been there."""
+        if self._has(digest):
             return
         self._prepare()
         draft = self.root / f"{_DRAFT}{uuid.uuid4().hex}"
@@ -66,12 +67,12 @@ class FolderBlobs:
 
     def keep_file(self, digest: str, draft: Path) -> None:
         """Store a file that is durable already."""
-        if not self.verify(digest):
+        if not self._has(digest):
             self._place(digest, draft)
 
     def keep_tree(self, digest: str, draft: Path, files: Mapping[str, str]) -> None:
         """Store a folder whose files are durable already."""
-        if self.verify(digest):
+        if self._has(digest):
             return
         if self._durable:
             for parent, _, _ in os.walk(draft):
@@ -96,15 +97,12 @@ class FolderBlobs:
         """Say whether a blob is there and has its digest."""
         path = self.path(digest)
         try:
-            used_s = path.stat().st_mtime
-            intact = digest_tree(path) == digest
+            if time.time() - path.stat().st_mtime > _TOUCH_EVERY_S:
+                # Before the look, so that what is found intact is not collected meanwhile.
+                _touch(path)
+            return digest_tree(path) == digest
         except (FileNotFoundError, NotADirectoryError):
             return False
-        if intact and time.time() - used_s > _TOUCH_EVERY_S:
-            # A store that cannot be written can still be read.
-            with suppress(OSError):
-                os.utime(path)
-        return intact
 
     def verify_all(self, digests: Iterable[str]) -> bool:
         """Say whether all are there and have their digests."""
@@ -124,6 +122,8 @@ class FolderBlobs:
         for shelf in _SHELVES:
             with suppress(FileNotFoundError), os.scandir(self.root / shelf) as entries:
                 for entry in entries:
+                    if not DIGEST.fullmatch(entry.name):
+                        continue
                     # Another process may remove one meanwhile.
                     with suppress(FileNotFoundError):
                         used_at = datetime.fromtimestamp(entry.stat().st_mtime, UTC)
@@ -160,6 +160,28 @@ class FolderBlobs:
                     removed += size
         return removed
 
+    def owner(self) -> str | None:
+        """Return the run that the store is marked with."""
+        try:
+            return (self.root / OWNER).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def mark(self, run_id: str) -> None:
+        """Mark the store as that of the ledger that has this run."""
+        write_whole(self.root / OWNER, run_id.encode())
+
+    def _has(self, digest: str) -> bool:
+        """Say whether a blob is there, intact, and durable."""
+        if not self.verify(digest):
+            return False
+        path = self.path(digest)
+        with suppress(FileNotFoundError):
+            if self._durable and time.time() - path.stat().st_ctime < _UNSETTLED_S:
+                # Who has just put it there may not have synced its folder yet.
+                sync(path.parent)
+        return True
+
     def _prepare(self) -> None:
         if (self.root / _SHELVES[-1]).is_dir():
             return
@@ -193,6 +215,16 @@ def _write_all(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
+
+
+def _touch(path: Path) -> None:
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        # A store that cannot be written can still be read.
+        return
 
 
 def _older(path: Path, moment: datetime) -> bool:

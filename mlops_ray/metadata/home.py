@@ -74,6 +74,11 @@ class Home:
         """Folder of Ray Train's checkpoints."""
         return self.root / "training"
 
+    @property
+    def reproductions(self) -> Path:
+        """Folder of versions that are being made again."""
+        return self.root / "reproductions"
+
     def run(self, run_id: str) -> Path:
         """Folder of one run: logs, reports, anything a person may open."""
         return self.root / "runs" / run_id

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from mlops_ray.errors import LedgerError
 from mlops_ray.metadata.records import Lease, Write
 
 _MOST_AT_ONCE = 2000
@@ -40,9 +41,12 @@ class Journal:
 
         Raises:
             LeaseError: The lease was lost; likewise any other error of an earlier batch.
+            LedgerError: The journal is closed.
         """
         with self._changed:
             self._raise()
+            if self._closed:
+                raise LedgerError("the journal is closed", fix="write before it is closed")
             self._waiting += writes
             self._written += len(writes)
             self._changed.notify_all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mlops_ray.metadata.database import PATIENCE_S, Backend, Database
@@ -21,7 +21,7 @@ from mlops_ray.metadata.records import (
 )
 from mlops_ray.metadata.rows import batches, cell, decode, encode
 
-_KEYS_PER_QUERY = 2000
+_NAMES_PER_QUERY = 2000
 
 
 class Ledger:
@@ -115,22 +115,34 @@ class Ledger:
 
     # Firings
 
-    def fire(self, firing: Firing, *, fence: Lease | None = None) -> bool:
-        """Record that a trigger has fired; False where this occasion has been recorded already.
+    def fire(
+        self, firing: Firing, *, event: NewEvent | None = None, fence: Lease | None = None
+    ) -> bool:
+        """Record that a trigger has fired, together with an event; False, and no event, where this
+        occasion has been recorded already.
 
         Raises:
             LeaseError: The fence is no longer ours: nothing was written.
         """
-        return bool(self._backend.write("fire", encode(firing), _fence(fence)))
+        events = [encode(event)] if event else []
+        return bool(self._backend.write("fire", encode(firing), events, _fence(fence)))
 
-    def update_firing(self, key: str, *, fence: Lease | None = None, **values: Any) -> None:
-        """Change fields of a firing.
+    def update_firing(
+        self,
+        key: str,
+        *,
+        event: NewEvent | None = None,
+        fence: Lease | None = None,
+        **values: Any,
+    ) -> None:
+        """Change fields of a firing, together with an event.
 
         Raises:
             LeaseError: The fence is no longer ours: nothing was written.
         """
         encoded = {name: cell(value) for name, value in values.items()}
-        self._backend.write("update_firing", key, encoded, _fence(fence))
+        events = [encode(event)] if event else []
+        self._backend.write("update_firing", key, encoded, events, _fence(fence))
 
     def firings(
         self,
@@ -139,11 +151,24 @@ class Ledger:
         trigger: str | None = None,
         status: str | None = None,
         key: str | None = None,
+        not_like: str | None = None,
+        begun: bool = False,
         limit: int = 100,
     ) -> list[Firing]:
-        """Return firings, newest first."""
+        """Return firings, newest first.
+
+        Args:
+            project: Only those of a project.
+            trigger: Only those of a trigger.
+            status: Only those that stand so.
+            key: Only this one.
+            not_like: None whose key begins so.
+            begun: Only those that have, or had, a job.
+            limit: How many at most.
+        """
         given = {"project": project, "trigger": trigger, "status": status, "key": key}
-        return [Firing(**decode(row)) for row in self._backend.read("firings", given, limit)]
+        asked = (given, not_like, begun, limit)
+        return [Firing(**decode(row)) for row in self._backend.read("firings", *asked)]
 
     # Reading
 
@@ -158,19 +183,29 @@ class Ledger:
         project: str | None = None,
         workflow: str | None = None,
         config_digest: str | None = None,
-        limit: int = 20,
+        limit: int | None = 20,
     ) -> list[RunRecord]:
-        """Return runs, newest first."""
+        """Return runs, newest first; all of them where ``limit`` is None."""
         given = {"project": project, "workflow": workflow, "config_digest": config_digest}
         return [RunRecord(**decode(row)) for row in self._backend.read("runs", given, limit)]
 
     def unmirrored(self) -> list[RunRecord]:
-        """Return the runs that are over and have no ``mirrored`` event since they ended."""
+        """Return the runs that are over and have no ``mirrored`` event that tells the same end."""
         return [RunRecord(**decode(row)) for row in self._backend.read("unmirrored")]
 
     def steps(self, run_id: str) -> list[StepRecord]:
         """Return a run's steps in the order of the plan, without the calls of mapped ones."""
         return self._steps("steps", run_id)
+
+    def steps_of(self, run_ids: Iterable[str]) -> list[StepRecord]:
+        """Return the steps of many runs, by run, each as ``steps`` does."""
+        parts = (self._steps("steps_of", part) for part in _portions(run_ids))
+        return [step for part in parts for step in part]
+
+    def calls_of(self, run_ids: Iterable[str]) -> list[StepRecord]:
+        """Return the calls of mapped steps, of many runs, that gave something, in no order."""
+        parts = (self._steps("calls_of", part) for part in _portions(run_ids))
+        return [step for part in parts for step in part]
 
     def items(self, run_id: str, step: str) -> list[StepRecord]:
         """Return the calls of a mapped step, in the order of its list."""
@@ -178,12 +213,8 @@ class Ledger:
 
     def cached(self, keys: Iterable[str]) -> dict[str, StepRecord]:
         """Return, for each of the keys that has one, the newest finished step with it."""
-        wanted = list(dict.fromkeys(keys))
-        found: dict[str, StepRecord] = {}
-        for start in range(0, len(wanted), _KEYS_PER_QUERY):
-            for step in self._steps("cached", wanted[start : start + _KEYS_PER_QUERY]):
-                found[str(step.key)] = step
-        return found
+        parts = (self._steps("cached", part) for part in _portions(keys))
+        return {str(step.key): step for part in parts for step in part}
 
     def latest(self, project: str, step: str) -> StepRecord | None:
         """Return the newest finished step of this name in any run of a project, or None."""
@@ -192,8 +223,12 @@ class Ledger:
 
     def key_parts(self, key: str) -> dict[str, Any] | None:
         """Return what a cache key was made of, or None."""
-        rows = self._backend.read("key_parts", key)
-        return json.loads(rows[0]["parts"]) if rows else None
+        return self.parts_of([key]).get(key)
+
+    def parts_of(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Return what cache keys were made of, for each of the keys that is known."""
+        rows = (self._backend.read("parts_of", part) for part in _portions(keys))
+        return {row["key"]: json.loads(row["parts"]) for part in rows for row in part}
 
     def links(
         self,
@@ -206,10 +241,6 @@ class Ledger:
         """Return what steps have read and written by name."""
         given = {"run_id": run_id, "kind": kind, "name": name, "direction": direction}
         return [Link(**row) for row in self._backend.read("links", given)]
-
-    def produced(self, digest: str) -> list[StepRecord]:
-        """Return the steps and calls that ran and gave the artifact of this digest, oldest first."""
-        return self._steps("produced", digest)
 
     def events(
         self,
@@ -234,6 +265,12 @@ class Ledger:
 
     def _steps(self, query: str, *arguments: Any) -> list[StepRecord]:
         return [StepRecord(**decode(row)) for row in self._backend.read(query, *arguments)]
+
+
+def _portions(names: Iterable[str]) -> Iterator[list[str]]:
+    wanted = list(dict.fromkeys(names))
+    for start in range(0, len(wanted), _NAMES_PER_QUERY):
+        yield wanted[start : start + _NAMES_PER_QUERY]
 
 
 def _fence(lease: Lease | None) -> Fence | None:

@@ -1,4 +1,4 @@
-"""What trainings leave in the home: checkpoints and drafts of packages of runs that are over."""
+"""What trainings and reproductions leave in the home: checkpoints, drafts, folders of the dead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OF_RUN = re.compile(r"(\d{8}-\d{6}-[0-9a-f]{4})-")
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder of a training that nothing needs, its size in bytes, and why not."""
+    """A folder that nothing needs, its size in bytes, and why not."""
 
     path: Path
     size: int
@@ -28,10 +28,20 @@ class Leftover:
 def find_leftovers(
     home: Home, runs: Iterable[RunRecord], policy: Policy, now: datetime
 ) -> list[Leftover]:
-    """Return the folders of trainings whose run has succeeded, or ended long ago.
+    """Return the folders of trainings whose run has succeeded, or ended long ago, and those of
+    reproductions whose process was killed.
 
     A run that failed may be resumed from its checkpoints as long as its artifacts are kept.
     """
+    before_s = (now - policy.grace).timestamp()
+    abandoned = [p for p in sorted(home.reproductions.glob("*")) if _changed_s(p) < before_s]
+    found = [Leftover(p, _size(p), "nobody finished this reproduction") for p in abandoned]
+    return found + _of_trainings(home, runs, policy, now)
+
+
+def _of_trainings(
+    home: Home, runs: Iterable[RunRecord], policy: Policy, now: datetime
+) -> list[Leftover]:
     by_id = {run.run_id: run for run in runs}
     found = []
     for path in sorted(home.training.glob("*")):
@@ -51,6 +61,10 @@ def remove_leftovers(leftovers: Iterable[Leftover]) -> None:
     """Remove folders; what cannot be removed stays."""
     for leftover in leftovers:
         shutil.rmtree(leftover.path, ignore_errors=True)
+
+
+def _changed_s(folder: Path) -> float:
+    return max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 def _size(path: Path) -> int:

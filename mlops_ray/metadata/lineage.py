@@ -18,7 +18,6 @@ Kind = Literal["source", "view", "step", "artifact", "model", "deployment"]
 Direction = Literal["up", "down"]
 Edge = tuple[str, str]
 
-_EVERYTHING = 1_000_000
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -108,11 +107,10 @@ class Lineage:
 
 def read_lineage(ledger: Ledger) -> Lineage:
     """Return the lineage of everything that a ledger knows."""
-    runs = ledger.runs(limit=_EVERYTHING)
-    steps = [step for run in runs for step in ledger.steps(run.run_id)]
+    runs = ledger.runs(limit=None)
+    steps = ledger.steps_of(run.run_id for run in runs)
     keys = {step.key for step in steps if step.key and step.status == "succeeded"}
-    parts = {key: ledger.key_parts(key) or {} for key in sorted(keys)}
-    return build(runs, steps, ledger.links(), parts)
+    return build(runs, steps, ledger.links(), ledger.parts_of(sorted(keys)))
 
 
 def build(
@@ -151,6 +149,10 @@ class _Builder:
         self._nodes: dict[str, Node] = {}
         self._edges: set[Edge] = set()
         self._by_digest: dict[str, list[str]] = defaultdict(list)
+        self._given = {(s.run_id, s.name): s.output.digest for s in steps if s.output is not None}
+        self._givers: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for (run_id, name), digest in self._given.items():
+            self._givers[run_id, digest].append(name)
 
     def build(self, links: Iterable[Link]) -> Lineage:
         for step in self._steps:
@@ -194,14 +196,23 @@ class _Builder:
         if node not in self._nodes or step.key is None:
             return
         for said in _references(self._parts.get(step.key, {}).get("inputs", {})):
-            origin = self._origins.get((step.run_id, said["step"]))
-            artifact = f"artifact:{origin[0]}/{origin[1]}" if origin else ""
-            if artifact in self._nodes:
-                self._edges.add((artifact, node))
-            else:
-                # The key was made in another workflow, where that step has another name.
-                known = self._by_digest.get(str(said.get("digest")), [])
-                self._edges |= {(other, node) for other in known}
+            self._edges |= {(artifact, node) for artifact in self._read(step.run_id, said)}
+
+    def _read(self, run_id: str, said: Mapping[str, Any]) -> list[str]:
+        """Return the artifacts that the parts of a key mean in a run.
+
+        The key may have been made in another workflow, where that step has another name, or another
+        step has that one: only the digest is sure to be the same.
+        """
+        name, digest = str(said["step"]), str(said.get("digest") or "")
+        # The digest of a part of an output is not that of the output.
+        if digest and "part" not in said and self._given.get((run_id, name)) != digest:
+            names = self._givers.get((run_id, digest), [])
+        else:
+            names = [name]
+        origins = [self._origins.get((run_id, name)) for name in names]
+        found = [f"artifact:{origin[0]}/{origin[1]}" for origin in origins if origin]
+        return [one for one in found if one in self._nodes] or self._by_digest.get(digest, [])
 
     def _add_link(self, link: Link) -> None:
         step = f"step:{link.run_id}/{link.step}"

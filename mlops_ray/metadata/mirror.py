@@ -22,6 +22,7 @@ from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore, open_artifacts
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.records import MIRRORED, RunRecord, StepRecord
+from mlops_ray.metadata.rows import cell
 from mlops_ray.metadata.tracking_view import (
     DONE_TAG,
     RUN_TAG,
@@ -47,7 +48,8 @@ def mirror(home: Home) -> int:
 
     Raises:
         MlopsRayError: MLflow cannot be reached. The next call goes on.
-        mlflow.exceptions.MlflowException: MLflow refuses. The next call goes on.
+        mlflow.exceptions.MlflowException: MLflow refuses a run, and the others are written; or it
+            fails. The next call goes on.
     """
     ledger = open_ledger(home)
     if not ledger.unmirrored():
@@ -56,10 +58,28 @@ def mirror(home: Home) -> int:
     # Two processes that look for the same run at the same time would both make it.
     with tracking.locked(home, "mirror"):
         pending = ledger.unmirrored()
+        refusals = []
         for run in pending:
-            _Mirror(client, home, ledger, open_artifacts(home)).write(run)
-            ledger.append(run.project, MIRRORED, {"status": run.status}, run_id=run.run_id)
+            try:
+                _Mirror(client, home, ledger, open_artifacts(home)).write(run)
+            except Exception as error:
+                if not _is_refusal(error):
+                    raise
+                refusals.append(error)
+                continue
+            # A run that has been resumed meanwhile will end at another time.
+            shown = {"status": run.status, "ended_at": cell(run.ended_at)}
+            ledger.append(run.project, MIRRORED, shown, run_id=run.run_id)
+    if refusals:
+        raise refusals[0]
     return len(pending)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Say whether MLflow does not take what a run shows, whereas others may be good."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
 
 
 @dataclass
@@ -174,7 +194,7 @@ class _Mirror:
                 self.client.delete_run(one.info.run_id)
 
     def _show_steps(self, run: RunRecord, steps: list[StepRecord]) -> Iterator[Shown]:
-        outputs = {step.name: step.output for step in steps}
+        outputs = {step.name: step.output for step in steps if step.output is not None}
         links = self.ledger.links(run_id=run.run_id)
         for step in steps:
             parts = self.ledger.key_parts(step.key) if step.key else None
@@ -191,13 +211,15 @@ class _Mirror:
                 yield shown
 
     def _datasets(
-        self, step: StepRecord, parts: dict[str, Any], outputs: dict[str, ArtifactRef | None]
+        self, step: StepRecord, parts: dict[str, Any], outputs: dict[str, ArtifactRef]
     ) -> Iterator[Dataset]:
         for part in (parts.get("inputs") or {}).values():
-            source = part.get("step") if isinstance(part, dict) else None
-            ref = outputs.get(source) if source else None
-            if source and ref is not None and ref.kind == "table":
-                yield self._dataset(source, "input", ref)
+            read = part.get("digest") if isinstance(part, dict) else None
+            # A key may have been made in another workflow, where that step has another name.
+            named = [name for name, ref in outputs.items() if ref.digest == read]
+            source = part["step"] if read and part["step"] in named else next(iter(named), None)
+            if source and outputs[source].kind == "table":
+                yield self._dataset(source, "input", outputs[source])
         if step.output is not None and step.output.kind == "table":
             yield self._dataset(step.name, "output", step.output)
 

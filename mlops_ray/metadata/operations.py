@@ -167,18 +167,32 @@ def release(connection: sa.Connection, fence: Fence) -> None:
     connection.execute(LEASES.update().where(where).values(expires_at=expires))
 
 
-def fire(connection: sa.Connection, firing: dict[str, Any], fence: Fence | None) -> bool:
-    """Record a firing; say whether it is new."""
+def fire(
+    connection: sa.Connection,
+    firing: dict[str, Any],
+    events: list[dict[str, Any]],
+    fence: Fence | None,
+) -> bool:
+    """Record a firing, and the events where it is new; say whether it is."""
     _enforce(connection, fence)
-    return _add(connection, "firings", firing)
+    new = _add(connection, "firings", firing)
+    if new and events:
+        _write_events(connection, events)
+    return new
 
 
 def update_firing(
-    connection: sa.Connection, key: str, values: dict[str, Any], fence: Fence | None
+    connection: sa.Connection,
+    key: str,
+    values: dict[str, Any],
+    events: list[dict[str, Any]],
+    fence: Fence | None,
 ) -> None:
-    """Change columns of a firing."""
+    """Change columns of a firing, and append events."""
     _enforce(connection, fence)
     connection.execute(FIRINGS.update().where(FIRINGS.c.key == key).values(**values))
+    if events:
+        _write_events(connection, events)
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {

@@ -19,25 +19,22 @@ def run(run_id: str) -> Any:
     return sa.select(RUNS).where(RUNS.c.run_id == run_id)
 
 
-def runs(given: Mapping[str, Any], limit: int) -> Any:
+def runs(given: Mapping[str, Any], limit: int | None) -> Any:
     """Select runs, newest first."""
     query = sa.select(RUNS).order_by(RUNS.c.started_at.desc(), RUNS.c.run_id.desc()).limit(limit)
     return _where(query, RUNS, given)
 
 
 def unmirrored() -> Any:
-    """Select the runs that are over and have no ``mirrored`` event since they ended."""
-    last = (
-        sa.select(EVENTS.c.run_id, sa.func.max(EVENTS.c.at).label("at"))
-        .where(EVENTS.c.kind == MIRRORED)
-        .group_by(EVENTS.c.run_id)
-        .subquery()
+    """Select the runs that are over and have no ``mirrored`` event that tells the same end."""
+    told = (
+        sa.select(EVENTS.c.id)
+        .where((EVENTS.c.run_id == RUNS.c.run_id) & (EVENTS.c.kind == MIRRORED))
+        .where(EVENTS.c.data.contains(RUNS.c.ended_at))
     )
     return (
         sa.select(RUNS)
-        .outerjoin(last, last.c.run_id == RUNS.c.run_id)
-        .where(RUNS.c.ended_at.is_not(None))
-        .where(last.c.at.is_(None) | (last.c.at < RUNS.c.ended_at))
+        .where(RUNS.c.ended_at.is_not(None) & ~told.exists())
         .order_by(RUNS.c.started_at, RUNS.c.run_id)
     )
 
@@ -46,6 +43,18 @@ def steps(run_id: str) -> Any:
     """Select a run's steps in the order of the plan."""
     where = (STEPS.c.run_id == run_id) & (STEPS.c.item == -1)
     return sa.select(STEPS).where(where).order_by(STEPS.c.position, STEPS.c.name)
+
+
+def steps_of(run_ids: Sequence[str]) -> Any:
+    """Select the steps of many runs, without the calls of mapped ones."""
+    where = STEPS.c.run_id.in_(run_ids) & (STEPS.c.item == -1)
+    return sa.select(STEPS).where(where).order_by(STEPS.c.run_id, STEPS.c.position, STEPS.c.name)
+
+
+def calls_of(run_ids: Sequence[str]) -> Any:
+    """Select the calls of mapped steps, of many runs, that gave something."""
+    gave = (STEPS.c.item >= 0) & STEPS.c.output.is_not(None)
+    return sa.select(STEPS).where(STEPS.c.run_id.in_(run_ids) & gave)
 
 
 def items(run_id: str, step: str) -> Any:
@@ -82,15 +91,9 @@ def latest(project: str, step: str) -> Any:
     )
 
 
-def produced(digest: str) -> Any:
-    """Select the steps and calls that ran and gave the artifact of this digest, oldest first."""
-    where = STEPS.c.output.contains(digest, autoescape=True) & (STEPS.c.status == "succeeded")
-    return sa.select(STEPS).where(where).order_by(STEPS.c.ended_at, STEPS.c.run_id, STEPS.c.item)
-
-
-def key_parts(key: str) -> Any:
-    """Select what a cache key was made of."""
-    return sa.select(KEYS).where(KEYS.c.key == key)
+def parts_of(keys: Sequence[str]) -> Any:
+    """Select what cache keys were made of."""
+    return sa.select(KEYS).where(KEYS.c.key.in_(keys))
 
 
 def links(given: Mapping[str, Any]) -> Any:
@@ -103,9 +106,13 @@ def lease(name: str) -> Any:
     return sa.select(LEASES).where(LEASES.c.name == name)
 
 
-def firings(given: Mapping[str, Any], limit: int) -> Any:
-    """Select firings, newest first."""
+def firings(given: Mapping[str, Any], not_like: str | None, begun: bool, limit: int) -> Any:
+    """Select firings, newest first; only begun ones, none whose key begins so."""
     query = sa.select(FIRINGS).order_by(FIRINGS.c.at.desc(), FIRINGS.c.key).limit(limit)
+    if not_like is not None:
+        query = query.where(~FIRINGS.c.key.startswith(not_like, autoescape=True))
+    if begun:
+        query = query.where(FIRINGS.c.attempt > 0)
     return _where(query, FIRINGS, given)
 
 
@@ -122,11 +129,12 @@ QUERIES: dict[str, Callable[..., Any]] = {
         runs,
         unmirrored,
         steps,
+        steps_of,
+        calls_of,
         items,
         cached,
         latest,
-        produced,
-        key_parts,
+        parts_of,
         links,
         lease,
         firings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlops_ray.errors import LedgerError
+from mlops_ray.metadata.redaction import redacted
 
 _LOST = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "25P03"})
 """SQLSTATEs of transactions that were rolled back through no fault of theirs."""
@@ -13,13 +14,13 @@ _REFUSED = ("authentication failed", "does not exist", "no pg_hba.conf entry", "
 _TAKEN = "23505"
 
 
-def explained(error: Exception, where: str) -> LedgerError:
-    """Say in words what the database refuses, and what to do about it."""
+def explained(error: Exception, url: str) -> LedgerError:
+    """Say in words what the database at a URL refuses, and what to do about it."""
     cause = getattr(error, "orig", None) or error
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
     code = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or ""
     what, fix = _advice(code, cause)
-    return LedgerError(what, where=where, why=lines[0], fix=fix)
+    return LedgerError(what, where=redacted(url), why=redacted(lines[0], url), fix=fix)
 
 
 _LOCKED_OUT = (

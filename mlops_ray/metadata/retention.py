@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from mlops_ray.errors import MlopsRayError
+from mlops_ray.errors import ArtifactError, MlopsRayError, StorageError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
-from mlops_ray.metadata.blobs import GRACE, Blob
+from mlops_ray.metadata.blobs import DIGEST, GRACE, Blob
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Link, NewEvent, RunRecord, StepRecord
 
@@ -20,9 +19,6 @@ UNPINNED = "unpinned"
 
 Origins = Mapping[str, str | None]
 """Model versions (``flights@7``) and the runs that registered them, where they are known."""
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_ALL = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -119,20 +115,24 @@ def needed(
 def upstream(memory: Memory, step: str) -> set[str]:
     """Return the steps of a run that a step's inputs come from, however far, and the step itself.
 
-    Where the key of a step is not known, neither are its inputs: then they are all steps.
+    Inputs are found by their digests: the parts of a key may come from another workflow, in which
+    the steps have other names. Where a step's inputs are not known, they are all steps.
     """
     by_name = {record.name: record for record in memory.steps if record.item < 0}
+    by_digest: dict[str, set[str]] = {}
+    for record in by_name.values():
+        if record.output is not None:
+            by_digest.setdefault(record.output.digest, set()).add(record.name)
     found: set[str] = set()
-    waiting = [step]
+    waiting = {step} & by_name.keys()
     while waiting:
         name = waiting.pop()
-        if name in found or name not in by_name:
-            continue
         found.add(name)
         parts = memory.parts.get(by_name[name].key or "")
-        if parts is None:
+        sources = None if parts is None else _sources(parts, by_name.keys(), by_digest)
+        if sources is None:
             return set(by_name)
-        waiting += [source for source, _ in _sources(parts.get("inputs"))]
+        waiting |= sources - found
     return found
 
 
@@ -164,19 +164,20 @@ def judge(
 
 def recall(ledger: Ledger) -> list[Memory]:
     """Read what retention has to know of all runs."""
-    memories = []
-    for run in ledger.runs(limit=_ALL):
-        steps = ledger.steps(run.run_id)
-        calls = [
-            item
-            for step in steps
-            if step.output is None or step.output.kind == "list"
-            for item in ledger.items(run.run_id, step.name)
-        ]
-        links = ledger.links(run_id=run.run_id)
-        parts = _key_parts(ledger, steps) if _models(links) else {}
-        memories.append(Memory(run, [*steps, *calls], links, parts))
-    return memories
+    runs = ledger.runs(limit=None)
+    steps: dict[str, list[StepRecord]] = {run.run_id: [] for run in runs}
+    for step in ledger.steps_of(steps):
+        steps[step.run_id].append(step)
+    links: dict[str, list[Link]] = {}
+    for link in ledger.links():
+        links.setdefault(link.run_id, []).append(link)
+    makers = [run_id for run_id in steps if _models(links.get(run_id, ()))]
+    parts = ledger.parts_of(
+        step.key for run_id in makers for step in steps[run_id] if step.key is not None
+    )
+    for call in ledger.calls_of(list(steps)):
+        steps[call.run_id].append(call)
+    return [Memory(run, steps[run.run_id], links.get(run.run_id, ()), parts) for run in runs]
 
 
 def make_plan(
@@ -186,7 +187,12 @@ def make_plan(
     *,
     registered: Origins | None = None,
 ) -> list[Verdict]:
-    """Find out what collecting would keep and remove, without removing anything."""
+    """Find out what collecting would keep and remove, without removing anything.
+
+    Raises:
+        ArtifactError: A list of what has to stay is corrupt.
+        StorageError: The store cannot be read.
+    """
     now = datetime.now(UTC)
     # First what is stored: what is written after this is not looked at.
     blobs = list(artifacts.blobs.blobs())
@@ -196,7 +202,7 @@ def make_plan(
     # No run may name what a person has pinned.
     needs = {digest: "it is pinned" for pin in pins for digest in (pin, *_members(artifacts, pin))}
     for ref, reason in kept.values():
-        for digest in artifacts.needs(ref):
+        for digest in _needs(artifacts, ref):
             needs.setdefault(digest, reason)
     makers = {
         step.output.digest: f"{memory.run.run_id}/{step.name}"
@@ -226,14 +232,16 @@ def collect(artifacts: ArtifactStore, plan: Iterable[Verdict], grace: timedelta)
     return gone
 
 
-def pin(ledger: Ledger, thing: str, *, remove: bool = False) -> None:
+def pin(ledger: Ledger, artifacts: ArtifactStore, thing: str, *, remove: bool = False) -> None:
     """Pin a run (all that its steps made) or an artifact by its digest; or remove such a pin.
 
     Raises:
-        MlopsRayError: It is neither.
+        MlopsRayError: It is neither, or not pinned.
     """
     run = ledger.run(thing)
-    if run is None and not _DIGEST.fullmatch(thing):
+    if remove and thing not in pins_of(ledger):
+        raise MlopsRayError(f"{thing!r} is not pinned")
+    if not remove and run is None and all(b.digest != thing for b in artifacts.blobs.blobs()):
         raise MlopsRayError(
             f"{thing!r} is neither a run nor the digest of an artifact",
             fix="list runs with `mlops-ray status`, artifacts with `mlops-ray gc --dry-run --json`",
@@ -287,25 +295,42 @@ def _models(links: Iterable[Link]) -> list[Link]:
     return [link for link in links if link.kind == "model" and link.direction == "writes"]
 
 
-def _sources(value: Any) -> Iterator[tuple[str, str | None]]:
-    """Find the references to other steps' outputs in what a key was made of."""
-    if isinstance(value, Mapping):
-        if isinstance(value.get("step"), str):
-            yield value["step"], value.get("digest")
-        for item in value.values():
-            yield from _sources(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _sources(item)
+def _sources(
+    parts: Mapping[str, Any], names: Collection[str], by_digest: Mapping[str, set[str]]
+) -> set[str] | None:
+    """Return the steps of a run that gave what a key was made of; None: not known."""
+    inputs = (parts.get("inputs") or {}).values()
+    said = [one for one in inputs if isinstance(one, Mapping) and isinstance(one.get("step"), str)]
+    whole = [one for one in said if "digest" in one]
+    found: set[str] = set()
+    for one in whole:
+        found |= by_digest.get(str(one["digest"]), set())
+    if any(str(one["digest"]) not in by_digest for one in whole):
+        return None
+    # Of a part of an output only the name is known, which counts where the other names hold.
+    cut = {str(one["step"]) for one in said if "digest" not in one}
+    if cut and not all(one["step"] in by_digest[str(one["digest"])] for one in whole):
+        return None
+    return found | cut if cut <= set(names) else None
 
 
-def _key_parts(ledger: Ledger, steps: Iterable[StepRecord]) -> dict[str, Mapping[str, Any]]:
-    found = {step.key: ledger.key_parts(step.key) for step in steps if step.key}
-    return {key: parts for key, parts in found.items() if parts is not None}
+def _needs(artifacts: ArtifactStore, ref: ArtifactRef) -> set[str]:
+    try:
+        return artifacts.needs(ref)
+    except StorageError:
+        raise
+    except ArtifactError as error:
+        raise ArtifactError(
+            "what has to stay cannot be told: a list of artifacts is corrupt",
+            digest=error.digest,
+            where=error.where,
+            why=error.what,
+            fix="put a good copy of it back; without the file, what it names is collected as well",
+        ) from error
 
 
 def _members(artifacts: ArtifactStore, digest: str) -> list[str]:
-    return artifacts.blobs.members(digest) if _DIGEST.fullmatch(digest) else []
+    return artifacts.blobs.members(digest) if DIGEST.fullmatch(digest) else []
 
 
 def _newest(memories: Iterable[Memory], count: int) -> set[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
-from mlops_ray.metadata.changes import PATCH, SKIPPED, UNTRACKED, git
+from mlops_ray.metadata.changes import PATCH, SKIPPED, SPECIAL, UNTRACKED, git
 
 
 def make_source(
@@ -31,7 +31,7 @@ def make_source(
         The folder inside ``destination`` in which the run was started.
 
     Raises:
-        MlopsRayError: The commit is not known, or the changes were not kept.
+        MlopsRayError: The commit or the changes are not known, or the changes were not kept.
         ArtifactError: The changes are missing or corrupt.
     """
     commit = provenance.get("commit")
@@ -42,8 +42,14 @@ def make_source(
             fix="run in a git repository to be able to go back",
         )
     _require_commit(repository, commit)
-    dirty = provenance.get("dirty_digest") not in (None, "clean")
-    changes = _changes(provenance, artifacts) if dirty else None
+    dirty = provenance.get("dirty_digest")
+    if dirty is None:
+        raise MlopsRayError(
+            "nobody knows whether this run's source had uncommitted changes",
+            why="git could not say when it began",
+            fix="make `git diff HEAD` work there before a run whose code has to come back",
+        )
+    changes = _changes(provenance, artifacts) if dirty != "clean" else None
     destination.mkdir(parents=True, exist_ok=True)
     _check_out(repository, commit, destination)
     if changes is not None:
@@ -106,6 +112,17 @@ def _apply_changes(changes: Path, repository: Path, destination: Path) -> None:
         shutil.copytree(changes / UNTRACKED, destination, dirs_exist_ok=True)
     if (changes / SKIPPED).is_file():
         _take_skipped(json.loads((changes / SKIPPED).read_text()), repository, destination)
+    if (changes / SPECIAL).is_file():
+        _make_special(json.loads((changes / SPECIAL).read_text()), destination)
+
+
+def _make_special(special: dict[str, Any], destination: Path) -> None:
+    for name in special["executable"]:
+        file = destination / name
+        file.chmod(file.stat().st_mode | 0o111)
+    for name, target in special["links"].items():
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        (destination / name).symlink_to(target)
 
 
 def _take_skipped(skipped: dict[str, dict[str, int]], repository: Path, destination: Path) -> None:

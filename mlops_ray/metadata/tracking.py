@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse, urlsplit
 
 from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.home import Home
+from mlops_ray.metadata.redaction import redacted
 
 _PATIENCE_S = 3.0
 _DEFAULTS = {
@@ -24,6 +25,11 @@ _DEFAULTS = {
 }
 
 
+def is_there(home: Home) -> bool:
+    """Say whether something can have been written to the home's MLflow, without making one."""
+    return home.storage.tracking is not None or (home.root / "mlflow.db").is_file()
+
+
 def connect(home: Home) -> Any:
     """Return an ``MlflowClient`` of the home's tracking store and registry.
 
@@ -31,7 +37,7 @@ def connect(home: Home) -> Any:
     database (about 4 s). Where MLflow is a server, every call looks whether it is there.
 
     Raises:
-        MlopsRayError: The server cannot be reached.
+        MlopsRayError: The server cannot be reached, or refuses.
     """
     _require_server(home.tracking_uri)
     return _connect(home)
@@ -44,17 +50,50 @@ def _connect(home: Home) -> Any:
     # Two processes that migrate one fresh database at the same time break it.
     with locked(home):
         from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
-        client = MlflowClient(tracking_uri=home.tracking_uri, registry_uri=home.tracking_uri)
-        client.search_registered_models(max_results=1)
+        uri = _without_user(home.tracking_uri)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        try:
+            client.search_registered_models(max_results=1)
+        except MlflowException as error:
+            raise MlopsRayError(
+                "MLflow does not answer as it should",
+                where=redacted(home.tracking_uri),
+                why=redacted(str(error), home.tracking_uri).partition("\n")[0],
+                fix="see its log, or correct MLOPS_RAY_TRACKING; runs are kept in the ledger until "
+                "then",
+            ) from error
         return client
+
+
+def _without_user(uri: str) -> str:
+    """Return a server's address without user and password, which MLflow then takes from the
+    environment: it shows the address in every error.
+    """
+    server = urlsplit(uri)
+    user, at, place = server.netloc.rpartition("@")
+    if not at or server.scheme not in ("http", "https"):
+        return uri
+    name, _, password = user.partition(":")
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(name)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+    return server._replace(netloc=place).geturl()
 
 
 def _require_server(uri: str) -> None:
     server = urlparse(uri)
     if server.scheme not in ("http", "https"):
         return
-    port = server.port or (443 if server.scheme == "https" else 80)
+    try:
+        port = server.port or (443 if server.scheme == "https" else 80)
+    except ValueError as error:
+        raise MlopsRayError(
+            "MLOPS_RAY_TRACKING is no address of a server",
+            where=redacted(uri),
+            why=redacted(str(error), uri),
+            fix="write for example http://mlflow:5000; escape what is special in a password (%2F)",
+        ) from error
     try:
         socket.create_connection((server.hostname or "", port), timeout=_PATIENCE_S).close()
     except OSError as error:

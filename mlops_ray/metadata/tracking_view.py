@@ -22,6 +22,7 @@ STEP_TAG = "mlops_ray.step"
 STATE_TAG = "mlops_ray.state"
 DONE_TAG = "mlops_ray.mirrored"
 
+_LONGEST_NAME = 250
 _LONGEST_TAG = 8000
 _LONGEST_PARAM = 6000
 _LONGEST_DATASET_DIGEST = 36
@@ -237,17 +238,19 @@ def _shown(
         started_ms=started_ms,
         ended_ms=ended_ms,
         tags={key: _cut(value, _LONGEST_TAG) for key, value in tags.items() if value is not None},
-        params={
-            _UNFIT.sub("_", key)[:250]: _cut(_text(value), _LONGEST_PARAM)
-            for key, value in params.items()
-        },
+        params={_fit(key): _cut(_text(value), _LONGEST_PARAM) for key, value in params.items()},
         metrics={
-            _UNFIT.sub("_", key)[:250]: float(value)
-            for key, value in metrics.items()
-            if not math.isnan(value)
+            _fit(key): float(value) for key, value in metrics.items() if not math.isnan(value)
         },
         datasets=datasets,
     )
+
+
+def _fit(name: str) -> str:
+    """Make a name that MLflow takes, which may use it as a path: ``loss//train`` is ``loss/train``."""
+    parts = _UNFIT.sub("_", name)[:_LONGEST_NAME].split("/")
+    kept = [re.sub(r"^\.\.", "__", part) for part in parts if part not in ("", ".")]
+    return "/".join(kept) or "_"
 
 
 def _text(value: Any) -> str:

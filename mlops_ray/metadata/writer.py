@@ -34,7 +34,7 @@ from mlops_ray.metadata.operations import Request
 from mlops_ray.metadata.schema import REVISION
 
 NAMESPACE = "mlops_ray"
-_PROTOCOL = 1
+_PROTOCOL = 2
 """Changes with what clients and writer say to each other: a writer outlives the jobs of a cluster."""
 
 _CALLS_AT_ONCE = 32

@@ -70,7 +70,7 @@ NOTHING = Kind("None")
 class Shape:
     """What is known of a class: what sort it is (model, record, enum, plain), its fields, its bases.
 
-    ``is_open``: there may be more fields than these; ``converts``: it is made of other values, too.
+    ``required`` are the fields without a default; ``is_open``: there may be more fields than these; ``converts``: it is made of other values, too.
     """
 
     sort: str
@@ -78,6 +78,7 @@ class Shape:
     bases: frozenset[str]
     is_open: bool
     converts: bool
+    required: frozenset[str] = frozenset()
 
 
 class Annotations:
@@ -147,12 +148,14 @@ class Annotations:
     def _shape_of(self, node: ast.ClassDef, module: Module) -> Shape:
         sort, is_open = "plain", False
         fields: dict[str, Kind] = {}
+        required: set[str] = set()
         bases: set[str] = set()
         for base in node.bases:
             name = self._read(base, module).name
             known = self.shape(name)
             bases |= {name} | (known.bases if known else set())
             fields |= known.fields if known else {}
+            required |= known.required if known else set()
             sort = _MODELS.get(name) or (known.sort if known and known.sort != "plain" else sort)
             is_open |= (
                 known.is_open if known else name not in (*_MODELS, "object", "typing.Generic")
@@ -165,9 +168,11 @@ class Annotations:
                 kind = self._read(item.annotation, module)
                 if not item.target.id.startswith("_") and kind.name != "typing.ClassVar":
                     fields[item.target.id] = kind
+                    (required.discard if item.value else required.add)(item.target.id)
         shapes = [shape for shape in map(self.shape, bases) if shape is not None]
         converts = _converts(node) or any(shape.converts for shape in shapes)
-        return Shape(sort, fields, frozenset(bases), is_open or _renames(node), converts)
+        is_open |= _renames(node)
+        return Shape(sort, fields, frozenset(bases), is_open, converts, frozenset(required))
 
     def _read(self, node: ast.expr, module: Module, depth: int = 0) -> Kind:
         if depth > _DEEPEST:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from mlops_ray.config.workflow import Step, Workflow
 from mlops_ray.errors import ConfigError, Problem
 from mlops_ray.orchestration import references
 from mlops_ray.orchestration.annotations import ANYTHING, NOTHING, Annotations, Kind, union
-from mlops_ray.orchestration.compatibility import Compatibility, NoPart, simple_type
+from mlops_ray.orchestration.compatibility import Compatibility, NoPart, paths_in, simple_type
 from mlops_ray.orchestration.conditions import Condition
 from mlops_ray.orchestration.flattening import Flat, FlatStep, flatten
 from mlops_ray.orchestration.graph import graph_of
@@ -55,7 +57,8 @@ def check_workflow(workflow: Workflow, packages: Iterable[str]) -> Findings:
     """
     flat = flatten(workflow)
     findings = Findings(list(flat.problems))
-    _Checker(flat, tuple(packages), findings).check()
+    checker = _Checker(flat, tuple(packages), findings)
+    checker.check()
     try:
         graph = graph_of(workflow, flat)
     except ConfigError as error:
@@ -63,7 +66,7 @@ def check_workflow(workflow: Workflow, packages: Iterable[str]) -> Findings:
         return findings
     for place, problem in never_runs(graph):
         (findings.problems if place == "problem" else findings.warnings).append(problem)
-    for place, problem in unused_outputs(graph, flat):
+    for place, problem in unused_outputs(graph, flat, checker.silent()):
         (findings.problems if place == "problem" else findings.warnings).append(problem)
     return findings
 
@@ -99,6 +102,10 @@ class _Checker:
         for path in self.flat.unused:
             self._warn(path, "nothing inside asks for this input.")
 
+    def silent(self) -> set[str]:
+        """Return the steps that are annotated to return nothing."""
+        return {name for name in self.flat.steps if self._kind(Reference(name)) == NOTHING}
+
     # Types along the edges
 
     def _check_inputs(self, item: FlatStep, signature: signatures.Signature) -> None:
@@ -111,7 +118,9 @@ class _Checker:
             if reference is not None:
                 self._check_fit(path, reference, self._kind(reference), taken, item)
             elif next(references.find(value), None) is None:
-                self._check_literal(path, value, taken)
+                literal = references.replace(value, str)
+                self._check_literal(path, literal, taken)
+                self._check_folder(item, path, literal, taken)
         for name, text in item.step.map.items():
             self._check_mapped(item, name, references.parse(text), signature)
 
@@ -166,6 +175,11 @@ class _Checker:
             place = f"{path}.{deeper}" if deeper else path
             self._problem(place, f"{first['msg']}. Got {first['input']!r}, expected {taken}.")
 
+    def _check_folder(self, item: FlatStep, path: str, value: Any, taken: Kind) -> None:
+        if item.step.mode == "pure" and any(map(os.path.isdir, paths_in(value, taken))):
+            what = "what the folder holds does not count for the key, so a change is not seen."
+            self._warn(path, what, "Name a file, or make it the output of a step.")
+
     def _kind(self, reference: Reference) -> Kind | NoPart:
         """Return what a reference stands for."""
         producer = self.flat.steps[reference.step].step
@@ -213,6 +227,9 @@ class _Checker:
     # What a step does, and where
 
     def _check_mode(self, item: FlatStep, signature: signatures.Signature) -> None:
+        if isinstance(signature.node, ast.AsyncFunctionDef):
+            hint = "Write a function that calls asyncio.run."
+            self._problem(f"{item.path}.uses", f"{item.step.uses} is asynchronous.", hint)
         if item.step.mode != "pure":
             return
         declared = declared_mode(self._annotations.decorators(signature))

@@ -1,11 +1,13 @@
 """Whether what one step gives fits what another takes, as far as their annotations tell.
 
 Outputs travel as tables, files or JSON, and pydantic makes them what the annotation says; so a dict
-fits a model, an int a float, and what is not known fits everything.
+fits a model, an int a float, and what is not known fits everything. A float may be an int, and a
+model another one whose fields it has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -30,7 +32,7 @@ _LISTS = frozenset(
 )
 _OBJECTS = frozenset({"dict", "collections.abc.Mapping", "collections.abc.MutableMapping"})
 _TABLES = frozenset({"pyarrow.Table", "pyarrow.lib.Table"})
-_PATHS = frozenset({"pathlib.Path", "pathlib.PurePath", "pathlib.PosixPath", "os.PathLike"})
+PATHS = frozenset({"pathlib.Path", "pathlib.PurePath", "pathlib.PosixPath", "os.PathLike"})
 _SCALARS: dict[str, frozenset[str]] = {
     "bool": frozenset({"bool", "int", "float"}),
     "int": frozenset({"int", "float", "bool"}),
@@ -60,12 +62,10 @@ class Compatibility:
 
     def fit(self, given: Kind, taken: Kind) -> Fit:
         """Say whether values of one kind fit the other: always, some of a union, or never."""
-        answers = [
-            any(self._fits(one, other) for other in taken.members()) for one in given.members()
-        ]
-        if all(answers):
-            return "always"
-        return "sometimes" if any(answers) else "never"
+        answers = {self._best(one, taken) for one in given.members()}
+        if len(answers) == 1:
+            return answers.pop()
+        return "sometimes"
 
     def element(self, kind: Kind) -> Kind | None:
         """Return what a list of this kind holds; None where it is no list."""
@@ -89,7 +89,7 @@ class Compatibility:
         literal; "?" where that is not known."""
         if kind.name in _TABLES:
             return "table"
-        if kind.name in _PATHS:
+        if kind.name in PATHS:
             return "path"
         if kind.name in _LISTS:
             return "list"
@@ -100,8 +100,19 @@ class Compatibility:
         shape = self._annotations.shape(kind.name)
         return "object" if shape is not None and shape.sort in ("model", "record") else "?"
 
-    def _fits(self, given: Kind, taken: Kind) -> bool:
+    def _best(self, given: Kind, taken: Kind) -> Fit:
+        answers = {self._fits(given, other) for other in taken.members()}
+        return next(fit for fit in ("always", "sometimes", "never") if fit in answers)
+
+    def _fits(self, given: Kind, taken: Kind) -> Fit:
         gives, takes = self.category(given), self.category(taken)
+        if gives == "float" and takes == "int" and not taken.refined:
+            return "sometimes"  # pydantic takes 3.0 and refuses 3.5
+        if gives == takes == "object" and self._might_be(given, taken):
+            return "sometimes"
+        return "always" if self._surely(given, gives, taken, takes) else "never"
+
+    def _surely(self, given: Kind, gives: str, taken: Kind, takes: str) -> bool:
         if "?" in (gives, takes) or taken.refined:
             return True
         if "literal" in (gives, takes):
@@ -135,6 +146,16 @@ class Compatibility:
         same = given.name.rpartition(".")[2] == taken.name.rpartition(".")[2]
         return same or taken.name in bases
 
+    def _might_be(self, given: Kind, taken: Kind) -> bool:
+        """Say whether an unrelated model has all that another one needs."""
+        gives, takes = self._annotations.shape(given.name), self._annotations.shape(taken.name)
+        if gives is None or takes is None or self._objects_fit(given, taken):
+            return False
+        shared = gives.fields.keys() & takes.fields.keys()
+        return takes.required <= shared != set() and all(
+            self.fit(gives.fields[name], takes.fields[name]) != "never" for name in shared
+        )
+
     def _element(self, kind: Kind) -> Kind | None:
         category = self.category(kind)
         if category == "?":
@@ -149,7 +170,7 @@ class Compatibility:
         if category == "?":
             return ANYTHING
         if category == "list":
-            return self._element(kind) or ANYTHING if name.isdigit() else NoPart(kind, name)
+            return self._at(kind, name)
         shape = self._annotations.shape(kind.name)
         if category != "object":
             return NoPart(kind, name)
@@ -158,6 +179,14 @@ class Compatibility:
         if name in shape.fields:
             return shape.fields[name]
         return ANYTHING if shape.is_open else NoPart(kind, name, tuple(shape.fields))
+
+
+    def _at(self, kind: Kind, name: str) -> Kind | NoPart:
+        if not name.isdecimal():
+            return NoPart(kind, name)
+        if kind.name != "tuple" or not kind.arguments or Kind("...") in kind.arguments:
+            return self._element(kind) or ANYTHING
+        return kind.arguments[int(name)] if int(name) < len(kind.arguments) else NoPart(kind, name)
 
 
 def simple_type(kind: Kind) -> Any:
@@ -170,6 +199,17 @@ def simple_type(kind: Kind) -> Any:
         return Literal[kind.values]
     base = _SIMPLE[kind.name]
     return base[tuple(map(simple_type, kind.arguments))] if kind.arguments else base
+
+
+def paths_in(value: Any, taken: Kind) -> Iterator[str]:
+    """Yield the texts inside a value that a parameter of this kind takes as paths."""
+    if not any(part.name in PATHS for part in walk(taken)):
+        return
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from paths_in(item, taken)
 
 
 def _literal_fits(given: Kind, gives: str, taken: Kind, takes: str) -> bool:

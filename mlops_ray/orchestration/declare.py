@@ -54,6 +54,10 @@ class Output:
         """Refuse: how long an output is shows only when the workflow runs."""
         raise TypeError(f"{self} is not known yet; use map={{…}} to call a step for each element")
 
+    def __bool__(self) -> bool:
+        """Refuse: what an output is shows only when the workflow runs."""
+        raise TypeError(f'{self} is not known yet; give the step when="{self}"')
+
     def __str__(self) -> str:
         return str(self._reference)
 

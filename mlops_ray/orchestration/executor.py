@@ -13,6 +13,7 @@ from mlops_ray.config.workflow import Step
 from mlops_ray.errors import LeaseError, LedgerError, WorkflowError
 from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.artifacts import open_artifacts
+from mlops_ray.metadata.belonging import claim
 from mlops_ray.metadata.journal import Journal
 from mlops_ray.metadata.provenance import collect
 from mlops_ray.metadata.records import Lease, RunRecord, RunStatus, StepRecord, StepStatus
@@ -121,6 +122,7 @@ class Executor:
 
     def _keep_provenance(self, run_id: str, lease: Lease) -> dict[str, Any]:
         spec = self._spec
+        claim(self._artifacts, run_id)
         found = collect(spec.directory, spec.config_digest, spec.seed, self._artifacts)
         self._ledger.resume_run(run_id, lease.owner, found, fence=lease)
         return found

@@ -163,6 +163,10 @@ class _Scope:
             except _UnresolvedError as found:
                 self._problem(path, found.what, found.hint)
                 return None
+        if references.is_mistaken(value):
+            hint = f"One is written $step.part.0; the text itself is written ${value}."
+            self._problem(path, f"{value!r} is not a reference.", hint)
+            return None
         if isinstance(value, dict):
             return {key: self._value(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -227,7 +231,11 @@ class _Scope:
         reference = references.parse(value)
         if reference is not None:
             return self._resolve(reference, trail)
-        return references.replace(value, lambda inner: _text(self._resolve(inner, trail)))
+
+        def resolve(inner: Reference) -> Any:
+            return _text(self._resolve(inner, trail))
+
+        return references.replace(value, resolve, keep_escapes=True)
 
     def _condition(self, step: Step, path: str) -> tuple[Condition, ...]:
         if step.when is None:
@@ -242,7 +250,9 @@ class _Scope:
         except _UnresolvedError as found:
             self._problem(f"{path}.when", found.what, found.hint)
             return ()
-        return (condition.on(value if isinstance(value, Reference) else Constant(value)),)
+        if not isinstance(value, Reference):
+            return (condition.on(Constant(references.replace(value, str))),)
+        return (condition.on(value),)
 
     def _after(self, step: Step, path: str) -> frozenset[str]:
         found: set[str] = set()
@@ -270,6 +280,8 @@ class _Scope:
             path = f"{self.path}.inputs.{name}"
             if any(references.find(default)):
                 self._problem(path, "the default of an input cannot refer to a step.")
+            else:
+                self._value(default, path)
             if default is None and name not in self.given and self.parent is not None:
                 self._problem(self._outer("with"), f"the workflow needs input {name!r}.")
             elif default is None and self.parent is None:
@@ -299,16 +311,15 @@ class _Scope:
 
 
 def _part(value: Any, path: tuple[str, ...], reference: Reference) -> Any:
-    if not path:
-        return value
-    if isinstance(value, Reference):
-        return Reference(value.step, value.path + path)
-    try:
-        return references.select(value, path)
-    except KeyError as error:
-        raise _UnresolvedError(
-            f"{reference}: what is given has no part {error.args[0]!r}."
-        ) from error
+    for index, name in enumerate(path):
+        if isinstance(value, Reference):
+            return Reference(value.step, value.path + path[index:])
+        try:
+            value = references.select(value, (name,))
+        except KeyError as error:
+            raise _UnresolvedError(f"{reference}: what is given has no part {name!r}.") from error
+        value = references.parse(value) or value
+    return value
 
 
 def _text(value: Any) -> Any:

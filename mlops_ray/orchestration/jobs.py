@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, Self
 from pydantic import Field
 
 from mlops_ray.config.base import Frozen
-from mlops_ray.errors import ClusterError
+from mlops_ray.errors import ClusterError, JobRefusedError
 from mlops_ray.metadata.changes import SOURCE_VARIABLE
 from mlops_ray.metadata.home import STORAGE_VARIABLES
 
@@ -45,7 +45,12 @@ class Jobs(Protocol):
     """Where jobs run."""
 
     def submit(self, submission_id: str, command: JobCommand) -> None:
-        """Start a job; do nothing where one with this id was started already."""
+        """Start a job; do nothing where one with this id was started already.
+
+        Raises:
+            JobRefusedError: The job server refuses; the job was not started.
+            ClusterError: The job server cannot be reached.
+        """
 
     def outcomes(self, submission_ids: Iterable[str]) -> dict[str, JobOutcome]:
         """Return how the jobs stand, by their ids."""
@@ -64,9 +69,10 @@ class RayJobs:
         """Submit through Ray's job API.
 
         Raises:
-            ClusterError: The API cannot be reached or refuses the job.
+            JobRefusedError: The API refuses the job, and has not started it.
+            ClusterError: The API cannot be reached.
         """
-        if self.outcomes([submission_id])[submission_id].status != "lost":
+        if self._is_known(submission_id):
             return
         try:
             self._client().submit_job(
@@ -75,8 +81,14 @@ class RayJobs:
                 runtime_env=_runtime_env(command),
                 metadata={"mlops_ray": submission_id},
             )
-        except Exception as error:
+        except OSError as error:
             raise _unreachable(f"job {submission_id} could not be submitted", error) from error
+        except Exception as error:
+            if not self._is_known(submission_id):
+                raise JobRefusedError(
+                    f"job {submission_id} is refused by the job server",
+                    why=f"{type(error).__name__}: {error}",
+                ) from error
 
     def outcomes(self, submission_ids: Iterable[str]) -> dict[str, JobOutcome]:
         """Ask Ray's job API.
@@ -106,6 +118,9 @@ class RayJobs:
             self._client().stop_job(submission_id)
         except Exception as error:
             raise _unreachable(f"job {submission_id} could not be stopped", error) from error
+
+    def _is_known(self, submission_id: str) -> bool:
+        return self.outcomes([submission_id])[submission_id].status != "lost"
 
     def _outcome(self, submission_id: str, job: Any) -> JobOutcome:
         if job is None:

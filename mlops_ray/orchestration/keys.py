@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from mlops_ray.config.workflow import Environment, Step
-from mlops_ray.metadata.digest import digest_bytes, digest_json
+from mlops_ray.metadata.digest import digest_bytes, digest_file, digest_json, digest_tree
 from mlops_ray.orchestration import references
 from mlops_ray.orchestration.references import Reference
 from mlops_ray.orchestration.symbols import Code, code_of
+
+_WITH_PATHS = ("pip", "uv", "conda", "py_modules", "working_dir")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def code_with_inputs(target: str, inputs: Any, packages: tuple[str, ...]) -> Cod
 def environment_of(environment: Environment) -> dict[str, Any]:
     """Return what of the environment counts: Python, the declared packages, variables, runtime.
 
-    Of variables only digests are kept, since they may be secrets.
+    Of variables only digests are kept, since they may be secrets. Files and folders that the runtime
+    environment names (``requirements.txt``, ``py_modules``) count with what they hold.
     """
     found: dict[str, Any] = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     if environment.packages:
@@ -106,8 +110,26 @@ def environment_of(environment: Environment) -> dict[str, Any]:
     if environment.variables:
         found["variables"] = {name: _value_digest(name) for name in environment.variables}
     if environment.runtime:
-        found["runtime"] = environment.runtime
+        found["runtime"] = {n: _runtime_part(n, v) for n, v in environment.runtime.items()}
     return found
+
+
+def _runtime_part(name: str, value: Any) -> Any:
+    if name == "env_vars" and isinstance(value, dict):
+        return {variable: digest_bytes(str(text).encode()) for variable, text in value.items()}
+    return _with_contents(value) if name in _WITH_PATHS else value
+
+
+def _with_contents(value: Any) -> Any:
+    """Return a value with the digest of what it holds in the place of each path."""
+    if isinstance(value, dict):
+        return {name: _with_contents(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_contents(item) for item in value]
+    if not isinstance(value, str) or not os.path.exists(value):
+        return value
+    path = Path(value)
+    return {"path": value, "digest": (digest_tree if path.is_dir() else digest_file)(path)}
 
 
 @lru_cache(maxsize=1024)

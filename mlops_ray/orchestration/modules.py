@@ -236,6 +236,8 @@ def _has_effect(node: ast.stmt) -> bool:
     if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         parts = [part for target in targets for part in ast.walk(target)]
+        if any(isinstance(part, ast.Name) and part.id == "_" for part in parts):
+            return True  # whose value nobody wants
         return any(isinstance(part, ast.Attribute | ast.Subscript) for part in parts)
     if isinstance(node, ast.ClassDef):
         return bool(node.keywords)

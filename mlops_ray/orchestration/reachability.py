@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -39,10 +39,15 @@ def never_runs(graph: Graph) -> Iterator[Found]:
             yield "problem", Problem(path, f"can never run: it needs {' and '.join(pair)}.")
 
 
-def unused_outputs(graph: Graph, flat: Flat) -> Iterator[Found]:
-    """Yield the pure steps whose output no step and no declared output takes. That is an error where
-    the workflow around them declares its outputs, else a warning."""
-    used = {other for name in graph.order for other in graph.needs[name]}
+def unused_outputs(graph: Graph, flat: Flat, silent: Collection[str]) -> Iterator[Found]:
+    """Yield the pure steps whose output no step and no declared output takes, and which none waits
+    for. That is an error where the workflow around them declares its outputs, else a warning.
+
+    Those in ``silent`` return nothing that one could use.
+    """
+    used = {*silent}
+    for name in graph.order:
+        used |= graph.needs[name] | graph.after[name]
     for outputs in flat.outputs.values():
         used |= {reference.step for reference in references.find(outputs)}
     for name in graph.order:

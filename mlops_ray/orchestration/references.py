@@ -1,4 +1,7 @@
-"""References in a step's inputs: ``$fit`` is a step's output, ``$gate.passed`` a part of one."""
+"""References in a step's inputs: ``$fit`` is a step's output, ``$gate.passed`` a part of one.
+
+Text that begins with ``$`` and a letter is written with ``$$``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NAME = r"[A-Za-z_]\w*"
+_BEGINS = re.compile(r"\$[^\W\d]")
 _REFERENCE = re.compile(rf"\$({NAME}(?:/{NAME})*)((?:\.\w+)*)")
 
 
@@ -40,7 +44,7 @@ def select(value: Any, path: tuple[str, ...]) -> Any:
         KeyError: There is no such part; holds the first name that leads nowhere.
     """
     for part in path:
-        if isinstance(value, list | tuple) and part.isdigit() and int(part) < len(value):
+        if isinstance(value, list | tuple) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         elif isinstance(value, dict) and part in value:
             value = value[part]
@@ -53,6 +57,11 @@ def parse(value: Any) -> Reference | None:
     """Return the reference that a value is, or None."""
     match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
     return Reference(match[1], tuple(match[2].split(".")[1:])) if match else None
+
+
+def is_mistaken(value: Any) -> bool:
+    """Say whether a value begins as a reference does and yet is none."""
+    return isinstance(value, str) and _BEGINS.match(value) is not None and parse(value) is None
 
 
 def find(value: Any) -> Iterator[Reference]:
@@ -68,13 +77,17 @@ def find(value: Any) -> Iterator[Reference]:
             yield from find(item)
 
 
-def replace(value: Any, resolve: Callable[[Reference], Any]) -> Any:
-    """Return ``value`` with every reference replaced by ``resolve(reference)``."""
+def replace(
+    value: Any, resolve: Callable[[Reference], Any], *, keep_escapes: bool = False
+) -> Any:
+    """Return ``value`` with every reference replaced by ``resolve(reference)``, and ``$$`` at the
+    beginning of a text by ``$``, unless ``keep_escapes``."""
     reference = parse(value)
     if reference is not None:
         return resolve(reference)
     if isinstance(value, dict):
-        return {key: replace(item, resolve) for key, item in value.items()}
+        return {k: replace(v, resolve, keep_escapes=keep_escapes) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [replace(item, resolve) for item in value]
-    return value
+        return [replace(item, resolve, keep_escapes=keep_escapes) for item in value]
+    escaped = isinstance(value, str) and value.startswith("$$") and not keep_escapes
+    return value[1:] if escaped else value

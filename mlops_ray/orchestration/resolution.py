@@ -142,7 +142,7 @@ def resolve(
 
 
 def _element(reference: Reference, elements: list[ArtifactRef], part: str) -> ArtifactRef:
-    if not (part.isdigit() and int(part) < len(elements)):
+    if not (part.isdecimal() and int(part) < len(elements)):
         raise WorkflowError(
             f"{reference}: the output of {reference.step} has no part {part!r}",
             fix=f"it is a list of {len(elements)}",

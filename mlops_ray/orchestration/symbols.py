@@ -20,6 +20,7 @@ from mlops_ray.orchestration.modules import (
     Import,
     Module,
     Statement,
+    chain_of,
     module_of,
 )
 
@@ -27,7 +28,8 @@ _WHOLE = "*"
 _AT_IMPORT = "<import>"
 _QUIET_DECORATORS = frozenset({"mlops_ray.orchestration.marks"})
 _RUNS_WHEN_MADE = frozenset({"__init__", "__new__", "__post_init__", "__set_name__"})
-_SEES_SUBCLASSES = frozenset({"__init_subclass__", "__subclasses__"})
+_SUBCLASSES = "__subclasses__"
+_SEES_SUBCLASSES = frozenset({"__init_subclass__", _SUBCLASSES})
 
 Symbol = tuple[str, str]
 """A module and a name that it binds; ``*`` is all of it."""
@@ -96,6 +98,8 @@ class _Closure:
     waiting: list[Symbol] = field(default_factory=list)
     untouched: list[str] = field(default_factory=list)
     hooked: set[Symbol] = field(default_factory=set)
+    hooks_any: bool = False
+    under_way: set[tuple[str, Chain]] = field(default_factory=set)
 
     def start(self, target: str) -> None:
         """Take a dotted name: a module, or something in one."""
@@ -159,6 +163,17 @@ class _Closure:
         return any(f"{p}.".startswith(f"{name}.") for p in self.packages) or self._inside(name)
 
     def _in_module(self, module: Module, path: Chain) -> list[Symbol]:
+        """Return what a module binds a name to; [] where that leads back to the same question, as
+        ``from . import x`` in a package does: then it is the submodule."""
+        asked = (module.name, path)
+        if asked in self.under_way:
+            return []
+        self.under_way.add(asked)
+        found = self._bound(module, path)
+        self.under_way.remove(asked)
+        return found
+
+    def _bound(self, module: Module, path: Chain) -> list[Symbol]:
         name = path[0]
         found: list[Symbol] = [(module.name, name)] if name in module.bound else []
         for origin in module.imports.get(name, ()):
@@ -175,11 +190,13 @@ class _Closure:
         return self._follow(origin.module, (origin.name, *path))
 
     def _resolve(self, chain: Chain, statement: Statement, module: Module) -> list[Symbol]:
-        """Return what a dotted name inside a statement stands for; [] for what is not ours."""
-        local = statement.imports.get(chain[0])
-        if local is not None:
-            return [symbol for origin in local for symbol in self._imported(origin, chain[1:])]
-        return self._in_module(module, chain)
+        """Return what a dotted name inside a statement stands for; [] for what is not ours.
+
+        A name that one function inside imports may be the module's own in another.
+        """
+        local = statement.imports.get(chain[0], ())
+        found = [symbol for origin in local for symbol in self._imported(origin, chain[1:])]
+        return found + self._in_module(module, chain)
 
     # What is reached
 
@@ -207,15 +224,32 @@ class _Closure:
         for statement in statements:
             for chain in statement.uses:
                 self.waiting += self._resolve(chain, statement, module)
-                if chain[-1] in _SEES_SUBCLASSES:
-                    self.hooked.add(symbol)
-            if isinstance(statement.node, ast.ClassDef) and _methods(statement) & _SEES_SUBCLASSES:
-                self.hooked.add(symbol)
+            self._hook(symbol, statement, module)
             for origins in statement.imports.values():
                 self._load(origins)
             for text in statement.texts:
-                if self._is_name(text):
-                    self.start(text)
+                self._named(text.replace(":", "."), module)
+
+    def _hook(self, symbol: Symbol, statement: Statement, module: Module) -> None:
+        """Remember classes whose subclasses are looked up; all, where it cannot be known of which."""
+        is_class = isinstance(statement.node, ast.ClassDef)
+        if is_class and _methods(statement) & _SEES_SUBCLASSES:
+            self.hooked.add(symbol)
+        for part in ast.walk(statement.node):
+            if isinstance(part, ast.Attribute) and part.attr == _SUBCLASSES:
+                chain = chain_of(part.value)
+                found = self._resolve(chain, statement, module) if chain is not None else []
+                self.hooked |= {symbol, *found}
+                self.hooks_any |= not found and not is_class
+
+    def _named(self, text: str, module: Module) -> None:
+        """Take along what a text names: a dotted name, or a module beside this one (``.impl``)."""
+        if text.startswith("."):
+            beside = f"{module.package}{text}"
+            if self._is_name(beside) and signatures.module_file(beside) is not None:
+                self.start(beside)
+        elif self._is_name(text):
+            self.start(text)
 
     def _load(self, origins: list[Import]) -> None:
         for origin in origins:
@@ -265,7 +299,8 @@ class _Closure:
     def _subclasses(self) -> list[Symbol]:
         """Return classes that register with a base that is reached, in the modules imported."""
         found: list[Symbol] = []
-        for module in [m for m in self.modules.values() if m is not None and self.hooked]:
+        hooked = self.hooked | self.seen if self.hooks_any else self.hooked
+        for module in [m for m in self.modules.values() if m is not None and hooked]:
             for statement in module.statements:
                 if not isinstance(statement.node, ast.ClassDef):
                     continue
@@ -273,7 +308,7 @@ class _Closure:
                 used = {
                     s for chain in statement.uses for s in self._resolve(chain, statement, module)
                 }
-                if symbol not in self.seen and used & self.hooked:
+                if symbol not in self.seen and used & hooked:
                     found.append(symbol)
                     self.hooked.add(symbol)
         return found

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from mlops_ray.config.base import Frozen, Instant
 from mlops_ray.config.triggers import MOMENT, Trigger
-from mlops_ray.metadata.records import Firing
+from mlops_ray.metadata.records import Firing, NewEvent
 from mlops_ray.orchestration.retries import delay_s
 from mlops_ray.orchestration.schedule import newest_occurrences, next_occurrence
 
@@ -33,10 +33,13 @@ FIRING_VARIABLE = "MLOPS_RAY_FIRING"
 """Environment variable of a job: the key of the firing that it is of."""
 
 BY_HAND = "hand"
-ON_TIME = timedelta(minutes=1)
+ON_TIME = timedelta(minutes=5)
 """An occurrence of a schedule that is younger than this was not missed."""
 
-_MOST_LOST = 3
+_MOST_BORNE = 3
+
+Failure = Literal["failures", "lost", "refused"]
+"""How an attempt has failed: its job did, the cluster has lost it, or never took it."""
 
 
 class Occasion(Frozen):
@@ -93,7 +96,18 @@ def by_hand(project: str, name: str, person: str) -> Firing:
 
 def is_by_hand(firing: Firing) -> bool:
     """Say whether a person has fired it."""
-    return f"/{firing.trigger}@{BY_HAND}-" in firing.key
+    return firing.key.startswith(hand_prefix(firing.project, firing.trigger))
+
+
+def hand_prefix(project: str, trigger: str) -> str:
+    """Return how the keys of a trigger's firings by hand begin."""
+    return f"{project}/{trigger}@{BY_HAND}-"
+
+
+def event_of(firing: Firing, status: str, **told: Any) -> NewEvent:
+    """Return the event which says that a firing stands so from now on."""
+    data = {"firing": firing.key, "trigger": firing.trigger, "reason": firing.reason, **told}
+    return NewEvent(project=firing.project, kind=f"firing_{status}", data=data)
 
 
 def has_begun(firing: Firing) -> bool:
@@ -169,18 +183,21 @@ def plan(
     return actions
 
 
-def after_failure(trigger: Trigger, firing: Firing, now: datetime, *, lost: bool) -> dict[str, Any]:
-    """Return how a firing changes whose job failed, or is unknown to the cluster.
+def after_failure(
+    trigger: Trigger, firing: Firing, now: datetime, failure: Failure
+) -> dict[str, Any]:
+    """Return how a firing changes whose attempt has failed.
 
-    A lost job does not count as a failure of the workflow: three of them are borne.
+    That a job is lost or refused does not count as a failure of the workflow: three of either are
+    borne. One that was refused is submitted again as it was.
     """
-    count = "lost" if lost else "failures"
-    data = firing.data | {count: firing.data.get(count, 0) + 1}
-    if data.get("failures", 0) > trigger.retries or data.get("lost", 0) > _MOST_LOST:
+    count = firing.data.get(failure, 0) + 1
+    data = firing.data | {failure: count}
+    if count > (trigger.retries if failure == "failures" else _MOST_BORNE):
         return {"status": "failed", "data": data}
-    pause_s = 0.0 if lost else delay_s(trigger.backoff, data["failures"], random.random())
+    pause_s = 0.0 if failure == "lost" else delay_s(trigger.backoff, count, random.random())
     data["not_before"] = (now + timedelta(seconds=pause_s)).isoformat()
-    return {"status": "due", "job": None, "data": data}
+    return {"status": "due", "data": data} | ({} if failure == "refused" else {"job": None})
 
 
 def submission_id(firing: Firing, attempt: int) -> str:

@@ -31,6 +31,8 @@ from mlops_ray.orchestration.resolution import Argument
 from mlops_ray.orchestration.retries import Cause, classify, digest_of
 from mlops_ray.orchestration.tracing import nested
 
+_OTHERS = "**"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -164,24 +166,33 @@ def bind(
 ) -> dict[str, Any]:
     """Make the arguments of a step function: artifacts read, values checked against annotations.
 
+    All that is given is passed on, so that Python refuses what the function does not take.
+
     Raises:
         WorkflowError: An input does not fit its annotation.
         ArtifactError: An input's artifact is missing or corrupt.
     """
-    bound: dict[str, Any] = {}
-    for name, adapter in _parameters(function).items():
-        if name == "context":
-            bound[name] = context
-        elif name in given:
-            bound[name] = _fit(function, name, _read(given[name], artifacts), adapter)
+    adapters = _parameters(function)
+    bound: dict[str, Any] = {"context": context} if "context" in adapters else {}
+    for name, value in given.items():
+        if name not in bound:
+            adapter = adapters.get(name, adapters[_OTHERS])
+            bound[name] = _fit(function, name, _read(value, artifacts), adapter)
     return bound
 
 
 @lru_cache(maxsize=256)
 def _parameters(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
+    """Return what checks each parameter, and under ``_OTHERS`` what checks further ones."""
     hints = typing.get_type_hints(function, include_extras=True)
-    names = inspect.signature(function).parameters
-    return {name: _adapter(Any if name == "context" else hints.get(name, Any)) for name in names}
+    found: dict[str, Any] = {_OTHERS: Any}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.VAR_POSITIONAL:
+            key = _OTHERS if parameter.kind is parameter.VAR_KEYWORD else name
+            found[key] = Any if name == "context" else hints.get(name, Any)
+    if typing.get_origin(found[_OTHERS]) is typing.Unpack:
+        found[_OTHERS] = Any
+    return {name: _adapter(annotation) for name, annotation in found.items()}
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:

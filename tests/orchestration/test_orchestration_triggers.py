@@ -128,12 +128,12 @@ def test_failures_are_tried_again_and_lost_jobs_do_not_count() -> None:
     current = RUNNING
     pauses = []
     while True:
-        change = after_failure(declared, current, START, lost=False)
+        change = after_failure(declared, current, START, "failures")
         if change["status"] == "failed":
             break
         pauses.append(datetime.fromisoformat(change["data"]["not_before"]) - START)
         current = current.model_copy(update={"data": change["data"]})
-        lost = after_failure(declared, current, START, lost=True)
+        lost = after_failure(declared, current, START, "lost")
         assert lost["status"] == "due"
         assert lost["data"]["not_before"] == START.isoformat()
     assert pauses == [timedelta(seconds=10), timedelta(seconds=30)]
@@ -143,10 +143,10 @@ def test_failures_are_tried_again_and_lost_jobs_do_not_count() -> None:
 def test_a_job_that_is_lost_again_and_again_is_given_up() -> None:
     data: dict[str, Any] = {}
     for _ in range(3):
-        change = after_failure(trigger(), firing(1, "submitted", 1, **data), START, lost=True)
+        change = after_failure(trigger(), firing(1, "submitted", 1, **data), START, "lost")
         assert change["status"] == "due"
         data = change["data"]
-    given_up = after_failure(trigger(), firing(1, "submitted", 1, **data), START, lost=True)
+    given_up = after_failure(trigger(), firing(1, "submitted", 1, **data), START, "lost")
     assert given_up["status"] == "failed"
 
 
