@@ -12,6 +12,7 @@ import click
 from mlops_ray.config.base import parse_duration
 from mlops_ray.config.locate import default_home
 from mlops_ray.errors import MlopsRayError
+from mlops_ray.metadata import tracking
 from mlops_ray.metadata.home import Home
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from mlops_ray.config.locate import default_home
 from mlops_ray.errors import ClusterError
 from mlops_ray.metadata.changes import shipped
 from mlops_ray.metadata.home import STORAGE_VARIABLES
+from mlops_ray.metadata.redaction import redacted
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _EXCLUDES = (".git", ".venv", ".mlops-ray*", "**/__pycache__", "outputs", "multirun")
@@ -97,8 +98,8 @@ def _refused(address: str, error: Exception) -> ClusterError:
     text = str(error).strip()
     return ClusterError(
         "the Ray job server cannot be reached, or refuses the job",
-        where=address,
-        why=text.splitlines()[0] if text else type(error).__name__,
+        where=redacted(address),
+        why=redacted(text.splitlines()[0], address) if text else type(error).__name__,
         fix="start one with `ray start --head`, or give --address; `mlops-ray doctor` checks "
         "the token and the ports",
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +42,7 @@ CONFIGURED = "triggers_configured"
 STARTED = "triggers_started"
 
 _TICK_S = 1.0
+_MOMENT_S = 0.02
 _THREADS = 8
 
 Clock = Callable[[], datetime]
@@ -58,10 +61,16 @@ class TriggerActor:
     """
 
     def __init__(
-        self, home: Home, project: str, clock: Clock = wall_clock, jobs: JobsFactory = RayJobs
+        self,
+        home: Home,
+        project: str,
+        variables: dict[str, str],
+        clock: Clock = wall_clock,
+        jobs: JobsFactory = RayJobs,
     ) -> None:
         import ray
 
+        self._variables = variables
         self._home = home
         self._project = project
         self._clock = clock
@@ -75,6 +84,10 @@ class TriggerActor:
         self._over = threading.Event()
         self.configure()
         threading.Thread(target=self._work, name="triggers", daemon=True).start()
+
+    def was_told(self, variables: dict[str, str]) -> bool:
+        """Say whether its environment holds these variables, for its life: also after a death."""
+        return self._variables == variables
 
     def configure(self) -> dict[str, Any]:
         """Follow what the ledger says from now on; return the status."""
@@ -173,6 +186,7 @@ def ensure(
 ) -> Any:
     """Return the project's running actor, started or told anew what ``spec`` says.
 
+    One whose webhook secret, or whose variables, are no longer those of this process is replaced.
     ``clock`` and ``jobs`` are what a new one tells the time by and runs jobs with.
 
     Raises:
@@ -199,7 +213,10 @@ def ensure(
         num_cpus=0,
         runtime_env={"env_vars": variables},
     )
-    handle = actor.remote(home, project.name, clock, jobs)
+    handle = actor.remote(home, project.name, variables, clock, jobs)
+    if not ray.get(handle.was_told.remote(variables)):
+        stop(project.name)
+        handle = actor.remote(home, project.name, variables, clock, jobs)
     ray.get(handle.configure.remote())
     return handle
 
@@ -247,3 +264,6 @@ def stop(project: str) -> None:
     handle = find(project)
     ray.get(handle.close.remote())
     ray.kill(handle, no_restart=True)
+    with contextlib.suppress(ClusterError):
+        while find(project) == handle:  # its name is free a moment later
+            time.sleep(_MOMENT_S)

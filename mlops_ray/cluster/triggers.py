@@ -306,7 +306,9 @@ class Dispatcher:
         try:
             self._jobs.submit(job, command)
         except JobRefusedError as error:
-            refused = firing.model_copy(update={"data": data | {"message": error.why or error.what}})
+            refused = firing.model_copy(
+                update={"data": data | {"message": error.why or error.what}}
+            )
             self._change(firing, **after_failure(trigger, refused, self._clock(), "refused"))
             raise
         self._change(firing, status="submitted", attempt=attempt, job=job)

@@ -21,8 +21,8 @@ from mlops_ray.config.workflow import Workflow
 from mlops_ray.errors import ConfigError, Problem
 
 OWN_PACKAGE = "mlops_ray"
-_ALWAYS = ("_target_", "uses")
-_TARGET_KEYS = (*_ALWAYS, "read", "clean", "function", "check")
+_TARGET_KEYS = ("_target_", "uses", "read", "clean", "function", "check")
+_INPUT_KEYS = ("_target_",)
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _GIVEN_BY_TRAINER = frozenset({"num_numeric", "cardinalities"})
 _GIVEN_BY_RUN = frozenset({"context"})
@@ -166,20 +166,23 @@ def _target_problems(composed: Composed) -> Iterator[Problem]:
             yield Problem(path, what, file, line, _did_you_mean(name, known))
 
 
-def _targets(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each dotted name that the configuration loads, with its path. Inputs of steps are their
-    functions' own affair."""
+def _targets(
+    value: Any, path: str = "", keys: tuple[str, ...] = _TARGET_KEYS
+) -> Iterator[tuple[str, str]]:
+    """Yield each dotted name that would be loaded, with its path."""
     if isinstance(value, dict):
         for key, item in value.items():
             here = f"{path}.{key}" if path else str(key)
-            if isinstance(item, str) and (key in _TARGET_KEYS or here == "model.target"):
-                if key in _ALWAYS or _DOTTED.fullmatch(item):
+            if isinstance(item, str) and (key in keys or here == "model.target"):
+                if key in ("_target_", "uses") or _DOTTED.fullmatch(item):
                     yield here, item
-            elif not (key == "with" and path.startswith("workflow.steps.")):
-                yield from _targets(item, here)
+            else:
+                # What else the inputs of a step are called is its function's affair.
+                is_input = key == "with" and path.startswith("workflow.steps.")
+                yield from _targets(item, here, _INPUT_KEYS if is_input else keys)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _targets(item, f"{path}.{index}")
+            yield from _targets(item, f"{path}.{index}", keys)
 
 
 def _schema_problems(error: ValidationError, composed: Composed) -> Iterator[Problem]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from mlops_ray.errors import ConfigError, Problem
 
 COMMAND_LINE = "command line"
 _PRIMARY = "config"
+_NAME = re.compile(r"^name:[ \t]+[\"']?([\w.-]+)", re.MULTILINE)
 
 
 Origin = tuple[str, int | None]
@@ -34,13 +37,15 @@ Origin = tuple[str, int | None]
 class Composed:
     """A composed configuration: plain values, and for each dotted path its file and line.
 
-    ``groups`` are the names of all config groups, ``workflows`` those of the group ``workflow``.
+    ``groups`` are the names of all config groups, ``workflows`` those of the group ``workflow``;
+    ``workflow_names`` are the names that those of them give themselves which say one.
     """
 
     values: dict[str, Any]
     origins: dict[str, Origin] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
     workflows: tuple[str, ...] = ()
+    workflow_names: dict[str, str] = field(default_factory=dict)
 
     def origin(self, path: str) -> Origin:
         """Return file and line of the longest known prefix of ``path``; ("", None) without one."""
@@ -79,7 +84,8 @@ def compose(workspace: Workspace, overrides: list[str]) -> Composed:
         origins[override.key_or_group] = (COMMAND_LINE, None)
     groups = tuple(loader.list_groups(""))
     workflows = tuple(loader.get_group_options("workflow"))
-    return Composed(_plain(config, origins), origins, groups, workflows)
+    names = dict(_names(loader, workflows))
+    return Composed(_plain(config, origins), origins, groups, workflows, names)
 
 
 def sweep(overrides: list[str]) -> list[list[str]]:
@@ -190,6 +196,14 @@ def _source_file(loader: ConfigLoaderImpl, config_path: str | None) -> Path | No
             if file.is_file():
                 return file
     return None
+
+
+def _names(loader: ConfigLoaderImpl, workflows: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for option in workflows:
+        file = _source_file(loader, f"workflow/{option}")
+        found = file and _NAME.search(file.read_text(encoding="utf-8"))
+        if found:
+            yield option, found[1]
 
 
 def _walk(node: Any, path: list[str], file: str, origins: dict[str, Origin]) -> None:

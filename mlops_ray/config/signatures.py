@@ -15,7 +15,6 @@ from pathlib import Path
 
 from mlops_ray.errors import ConfigError, Problem
 
-
 _HARMLESS = frozenset({"effect", "ensure", "cache", "lru_cache"})
 
 

@@ -22,7 +22,8 @@ def trigger_problems(project: Project, composed: Composed) -> Iterator[Problem]:
         if trigger.after is not None:
             named = trigger.after.workflow
             yield from _unknown(f"{path}.after.workflow", "workflow", named, known, composed)
-    ring = _ring(project)
+            yield from _misnamed(f"{path}.after.workflow", named, composed)
+    ring = _ring(project, "succeeded") or _ring(project, "failed")
     if ring:
         path = f"triggers.{ring[0]}"
         what = f"{' → '.join([*ring, ring[0]])} would start each other for ever."
@@ -39,13 +40,26 @@ def _unknown(
         yield Problem(path, f"there is no {kind} {name!r}.", *composed.origin(path), hint)
 
 
-def _ring(project: Project) -> list[str]:
-    """Return triggers each of which is fired by the end of the one before; [] without a ring."""
+def _misnamed(path: str, option: str, composed: Composed) -> Iterator[Problem]:
+    """Runs go by the name that the workflow gives itself."""
+    name = composed.workflow_names.get(option, option)
+    if name != option:
+        what = f"workflow/{option}.yaml says name: {name}, so no run of {option!r} would be seen."
+        yield Problem(path, what, *composed.origin(path), "Let file and name be the same.")
+
+
+def _ring(project: Project, status: str) -> list[str]:
+    """Return triggers each of which is fired by the end of the one before; [] without a ring.
+
+    ``status`` is how all of them end: where some have to fail and others to succeed it is a repair.
+    """
     follows = {
         name: [
             other
             for other, later in project.triggers.items()
-            if later.after is not None and later.after.workflow == trigger.workflow
+            if later.after is not None
+            and later.after.workflow == trigger.workflow
+            and later.after.status in (status, "any")
         ]
         for name, trigger in project.triggers.items()
     }

@@ -25,6 +25,9 @@ ALIASES = {
 MOMENT = "{at}"
 """What stands in an override for the moment of the occasion."""
 
+OWN_EVENTS = ("firing_", "run_", "step_", "effect_", "job_", "trigger", "mirrored")
+"""How kinds of events begin that every trigger's firing or run makes."""
+
 SOURCES = ("cron", "data", "commit", "after", "event", "drift", "performance", "webhook")
 _FIELDS = 5
 _NO_SCHEDULE = ("UTC", "latest", timedelta(0))
@@ -129,6 +132,16 @@ class Trigger(Frozen):
     paused: bool = False
     retries: int = Field(default=0, ge=0)
     backoff: Backoff = Backoff(first=timedelta(seconds=30), most=timedelta(minutes=10))
+
+    @field_validator("event")
+    @classmethod
+    def _not_of_its_own(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith(OWN_EVENTS):
+            raise ValueError(
+                f"what a trigger starts makes events {value} too, so it would start itself for ever; "
+                "for the end of a run there is `after`"
+            )
+        return value
 
     @field_validator("overrides")
     @classmethod

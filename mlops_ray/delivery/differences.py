@@ -40,8 +40,8 @@ def describe(kind: str, then: Any, now: Any) -> list[str]:
 
 def _tables(then: pa.Table, now: pa.Table) -> Iterator[str]:
     before, after = _by_name(then), _by_name(now)
-    types = [{name: str(column.type) for name, column in t.items()} for t in (before, after)]
-    yield from _values(*types, "column ")
+    old, new = ({name: str(column.type) for name, column in t.items()} for t in (before, after))
+    yield from _values(old, new, "column ")
     if then.num_rows != now.num_rows:
         yield f"{then.num_rows:,} rows then, {now.num_rows:,} now"
     rows = min(then.num_rows, now.num_rows)

@@ -127,11 +127,6 @@ def find_case(home: Home, reference: str, given: Collection[str] = ()) -> Case:
     whole = build(Workflow.model_validate(run.config["workflow"]))
     facts = {n for n in whole.order if whole.step(n).mode != "pure"}
     sources = [n for n in whole.order if n in inputs_of(whole, link.step)]
-    if refused := [n for n in sources if n in given and whole.step(n).mode == "pure"]:
-        raise WorkflowError(
-            f"the output of {refused[0]} cannot be given: it is what is to be made again",
-            fix="give a step before it",
-        )
     wanted = [n for n in sources if n not in facts]
     if compared := sorted(set(given) & set(wanted)):
         raise WorkflowError(

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlops_ray.config.base import Frozen
 from mlops_ray.errors import ArtifactError, StorageError
-from mlops_ray.metadata.blobs import Blobs, corrupt
+from mlops_ray.metadata.blobs import Blob, Blobs, corrupt
 from mlops_ray.metadata.codecs import (
     Encoded,
     Kind,
@@ -160,6 +160,22 @@ class ArtifactStore:
     def path(self, digest: str) -> Path:
         """Return where on this machine the artifact is, or would be once it is read."""
         return self.blobs.path(digest)
+
+    def stored(self) -> list[Blob]:
+        """Return all that is stored.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+        try:
+            return list(self.blobs.blobs())
+        except OSError as error:
+            raise StorageError(
+                "the store of artifacts cannot be read",
+                where=self.blobs.where,
+                why=str(error),
+                fix="check that it can be reached, then run the same command again",
+            ) from error
 
     def needs(self, ref: ArtifactRef) -> set[str]:
         """Return the digests of all blobs that an artifact is made of, its own included.

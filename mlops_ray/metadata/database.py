@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
-from mlops_ray.metadata.engines import make_engine
+from mlops_ray.metadata.engines import make_engine, parse_url
 from mlops_ray.metadata.migration import ensure_tables
 from mlops_ray.metadata.operations import Request, forget_requests, perform
 from mlops_ray.metadata.queries import QUERIES
@@ -57,7 +57,7 @@ class Database:
         self._patience_s = patience_s
         self._writing = threading.Lock()
         self._remembered = 0
-        parsed = sa.make_url(url)
+        parsed = parse_url(url)
         self._url = url
         self._is_server = parsed.get_backend_name() == "postgresql"
         self._create = create

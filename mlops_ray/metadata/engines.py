@@ -7,6 +7,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from mlops_ray.errors import LedgerError
+from mlops_ray.metadata.redaction import redacted
+
 _WAL_PATIENCE_S = 30.0
 _SERVER_OPTIONS = {
     "application_name": "mlops-ray",
@@ -15,6 +18,28 @@ _SERVER_OPTIONS = {
     "keepalives_interval": 10,
     "keepalives_count": 3,
 }
+
+
+def parse_url(url: str) -> sa.URL:
+    """Return the parts of a ledger's URL.
+
+    Raises:
+        LedgerError: It is none, or names a database of another kind.
+    """
+    fix = (
+        "write postgresql+psycopg://user:password@host/database into MLOPS_RAY_LEDGER; escape what "
+    )
+    fix += "is special in a password: %40 for @"
+    try:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        why = redacted(str(error), url)
+        raise LedgerError(
+            "this is no URL of a ledger", where=redacted(url), why=why, fix=fix
+        ) from error
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise LedgerError("a ledger lies in SQLite or PostgreSQL", where=redacted(url), fix=fix)
+    return parsed
 
 
 def make_engine(url: sa.URL, patience_s: float) -> sa.Engine:

@@ -86,14 +86,17 @@ class Ledger:
 
     # Leases
 
-    def acquire(self, name: str, owner: str, ttl_s: float, *, force: bool = False) -> Lease:
-        """Take the lease of that name, if it is free, has expired, is ``owner``'s own, or ``force``
-        says that its owner is known to be dead. The token is greater than every earlier one.
+    def acquire(
+        self, name: str, owner: str, ttl_s: float, *, dead: Lease | None = None
+    ) -> Lease:
+        """Take the lease of that name, if it is free, has expired, is ``owner``'s own, or is still
+        ``dead``, one whose owner is known to be dead: who was faster and took that over keeps it.
+        The token is greater than every earlier one.
 
         Raises:
             LeaseError: Another owner holds it; ``lease`` in the error says who, until when.
         """
-        return Lease(**self._backend.write("acquire", name, owner, ttl_s, force))
+        return Lease(**self._backend.write("acquire", name, owner, ttl_s, dead and dead.token))
 
     def renew(self, lease: Lease, ttl_s: float) -> Lease:
         """Hold a lease for another ``ttl_s`` seconds from now.

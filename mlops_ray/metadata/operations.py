@@ -130,15 +130,15 @@ def _write_events(connection: sa.Connection, rows: list[dict[str, Any]]) -> None
 
 
 def acquire(
-    connection: sa.Connection, name: str, owner: str, ttl_s: float, force: bool
+    connection: sa.Connection, name: str, owner: str, ttl_s: float, dead: int | None
 ) -> dict[str, Any]:
-    """Take a lease and return its row."""
+    """Take a lease, also one that is held with the token ``dead``; return its row."""
     moment = _clock(connection)
     lease = Lease(name=name, owner=owner, token=1, expires_at=moment + timedelta(seconds=ttl_s))
     if _add(connection, "leases", encode(lease)):
         return encode(lease)
     held = Lease(**_lock_lease(connection, name))
-    if not force and held.owner != owner and held.expires_at > moment:
+    if held.token != dead and held.owner != owner and held.expires_at > moment:
         raise LeaseError(
             f"{name} belongs to another process",
             where=held.owner,

@@ -195,7 +195,7 @@ def make_plan(
     """
     now = datetime.now(UTC)
     # First what is stored: what is written after this is not looked at.
-    blobs = list(artifacts.blobs.blobs())
+    blobs = artifacts.stored()
     memories = recall(ledger)
     pins = pins_of(ledger)
     kept = needed(memories, policy, now, pins=pins, registered=registered)
@@ -220,15 +220,16 @@ def collect(artifacts: ArtifactStore, plan: Iterable[Verdict], grace: timedelta)
     the ledger: where a run would have taken it from the cache, it makes it anew.
 
     Raises:
-        OSError: The store cannot be written.
+        StorageError: The store cannot be written.
     """
     before = datetime.now(UTC) - grace
-    gone = [
-        verdict
-        for verdict in plan
-        if not verdict.kept and artifacts.blobs.collect(verdict.blob.digest, before)
-    ]
-    artifacts.blobs.sweep(before)
+    with artifacts.writing():
+        gone = [
+            verdict
+            for verdict in plan
+            if not verdict.kept and artifacts.blobs.collect(verdict.blob.digest, before)
+        ]
+        artifacts.blobs.sweep(before)
     return gone
 
 
@@ -241,7 +242,7 @@ def pin(ledger: Ledger, artifacts: ArtifactStore, thing: str, *, remove: bool = 
     run = ledger.run(thing)
     if remove and thing not in pins_of(ledger):
         raise MlopsRayError(f"{thing!r} is not pinned")
-    if not remove and run is None and all(b.digest != thing for b in artifacts.blobs.blobs()):
+    if not remove and run is None and all(blob.digest != thing for blob in artifacts.stored()):
         raise MlopsRayError(
             f"{thing!r} is neither a run nor the digest of an artifact",
             fix="list runs with `mlops-ray status`, artifacts with `mlops-ray gc --dry-run --json`",

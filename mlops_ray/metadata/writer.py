@@ -28,13 +28,13 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mlops_ray.errors import LedgerError
+from mlops_ray.errors import LedgerError, MlopsRayError
 from mlops_ray.metadata.database import PATIENCE_S, Database
 from mlops_ray.metadata.operations import Request
 from mlops_ray.metadata.schema import REVISION
 
 NAMESPACE = "mlops_ray"
-_PROTOCOL = 2
+_PROTOCOL = 3
 """Changes with what clients and writer say to each other: a writer outlives the jobs of a cluster."""
 
 _CALLS_AT_ONCE = 32
@@ -185,21 +185,22 @@ class RemoteDatabase:
                     break
                 if time.monotonic() > deadline:
                     raise self._silent(error) from error
+            except Exception as error:
+                raise self._silent(error) from error
             again = True
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         if not self._is_met:
             self._find_again()
         if isinstance(reply, Exception):
-            raise reply
+            raise reply if isinstance(reply, MlopsRayError) else self._silent(reply) from reply
         return reply
 
     def _silent(self, error: Exception) -> LedgerError:
-        lines = str(error).splitlines() or [type(error).__name__]
         return LedgerError(
             "the ledger's writer does not answer",
             where=f"actor {self._name}, {self._url}",
-            why=lines[0],
+            why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
             fix="see whether the cluster is well (`ray status`), then run the same command again",
         )
 

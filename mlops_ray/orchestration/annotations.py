@@ -70,7 +70,8 @@ NOTHING = Kind("None")
 class Shape:
     """What is known of a class: what sort it is (model, record, enum, plain), its fields, its bases.
 
-    ``required`` are the fields without a default; ``is_open``: there may be more fields than these; ``converts``: it is made of other values, too.
+    ``required`` are the fields without a default; ``is_open``: there may be more fields than these;
+    ``converts``: it is made of other values, too.
     """
 
     sort: str

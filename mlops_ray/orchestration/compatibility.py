@@ -180,7 +180,6 @@ class Compatibility:
             return shape.fields[name]
         return ANYTHING if shape.is_open else NoPart(kind, name, tuple(shape.fields))
 
-
     def _at(self, kind: Kind, name: str) -> Kind | NoPart:
         if not name.isdecimal():
             return NoPart(kind, name)

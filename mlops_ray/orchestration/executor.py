@@ -57,6 +57,8 @@ class Executor:
         self._graph: Graph = restrict(build(spec.workflow), spec.only, spec.given)
         self._ledger = open_ledger(spec.home)
         self._artifacts = open_artifacts(spec.home)
+        self._heard = 0
+        """The last event that asked an earlier attempt at the run to end."""
 
     def run(self, *, fresh: bool = False) -> RunRecord:
         """Run to the end, taking up an unfinished run of the same workflow and configuration.
@@ -92,6 +94,7 @@ class Executor:
     # Beginning
 
     def _begin(self, lease: Lease, fresh: bool) -> tuple[RunRecord, dict[str, StepRecord]]:
+        self._heard = 0
         previous = unfinished_run(self._spec, self._ledger)
         if previous is not None and not fresh:
             return self._resume(previous, lease)
@@ -102,7 +105,7 @@ class Executor:
             project=self._spec.project,
             workflow=self._spec.workflow.name,
             status="running",
-            config_digest=self._spec.config_digest,
+            config_digest=self._spec.instance_digest,
             started_at=datetime.now(UTC),
             ended_at=None,
             owner=lease.owner,
@@ -114,6 +117,8 @@ class Executor:
         return record, {}
 
     def _resume(self, previous: RunRecord, lease: Lease) -> tuple[RunRecord, dict[str, StepRecord]]:
+        asked = self._ledger.events(run_id=previous.run_id, kind=CANCEL)
+        self._heard = asked[-1].id if asked else 0
         provenance = previous.provenance
         self._ledger.resume_run(previous.run_id, lease.owner, provenance, fence=lease)
         update = {"status": "running", "owner": lease.owner, "ended_at": None}
@@ -218,10 +223,10 @@ class Executor:
         step_status: StepStatus = "cancelled" if cancelled else "pending"
         ours = not isinstance(error, LeaseError)
         status: RunStatus = "failed" if isinstance(error, Exception) else "interrupted"
-        with contextlib.suppress(KeyboardInterrupt, LedgerError):
+        with contextlib.suppress(KeyboardInterrupt, Exception):
             scheduler.stop(step_status, record=ours, effects_too=cancelled)
         if ours:
-            with contextlib.suppress(LedgerError):
+            with contextlib.suppress(Exception):
                 self._finish(recorder, "cancelled" if cancelled else status, lease, str(error))
 
     def _records(self, run: RunRecord, earlier: dict[str, StepRecord]) -> list[StepRecord]:
@@ -248,8 +253,7 @@ class _Watch:
         self._run_id = run_id
         self._mailbox = mailbox
         self._shows = shows
-        asked = self._ledger.events(run_id=run_id, kind=CANCEL)
-        self._seen = asked[-1].id if asked else 0
+        self._seen = executor._heard
 
     def look(self) -> None:
         """Post what is new."""

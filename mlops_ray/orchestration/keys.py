@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,13 +12,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mlops_ray.config import signatures
 from mlops_ray.config.workflow import Environment, Step
-from mlops_ray.metadata.digest import digest_bytes, digest_file, digest_json, digest_tree
+from mlops_ray.metadata.digest import (
+    digest_bytes,
+    digest_file,
+    digest_files,
+    digest_json,
+    tree_files,
+)
 from mlops_ray.orchestration import references
+from mlops_ray.orchestration.annotations import Annotations
+from mlops_ray.orchestration.compatibility import paths_in
 from mlops_ray.orchestration.references import Reference
 from mlops_ray.orchestration.symbols import Code, code_of
 
 _WITH_PATHS = ("pip", "uv", "conda", "py_modules", "working_dir")
+_PASSED_OVER = re.compile(r"(^|/)(\.|__pycache__/)")
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class StepKey:
     ``parts``: ``target``, the function; ``code``, the digest of each definition that it reaches;
     ``inputs``, for each parameter ``{"config": value}`` or ``{"step": name, "digest": …}`` (of a part
     of an output also ``part``, and ``value`` instead of the digest), by dotted path where a
-    parameter mixes both; ``environment``. ``base`` is the digest of all but what is mapped over.
+    parameter mixes both; ``environment``, with ``files``, the digests of those that the inputs name.
+    ``base`` is the digest of all but what is mapped over.
     """
 
     key: str
@@ -54,6 +66,9 @@ def step_key(step: Step, given: Callable[[Reference], Given], packages: tuple[st
     assert step.uses is not None
     code = code_with_inputs(step.uses, step.inputs, packages)
     environment = environment_of(step.environment)
+    files = _files_given(step, packages)
+    if files:
+        environment["files"] = files
     material = {
         "target": step.uses,
         "code": code.digest,
@@ -126,10 +141,36 @@ def _with_contents(value: Any) -> Any:
         return {name: _with_contents(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_with_contents(item) for item in value]
-    if not isinstance(value, str) or not os.path.exists(value):
+    # The last word: a requirement may be "-r requirements.txt".
+    path = Path(value.split()[-1]) if isinstance(value, str) and value.strip() else None
+    if path is None or not path.exists():
         return value
-    path = Path(value)
-    return {"path": value, "digest": (digest_tree if path.is_dir() else digest_file)(path)}
+    return {"path": value, "digest": _tree_digest(path)}
+
+
+def _tree_digest(path: Path) -> str:
+    """Return the digest of a file, or of a folder without what is hidden or compiled in it."""
+    if path.is_file():
+        return digest_file(path)
+    names = [name for name in tree_files(path) if not _PASSED_OVER.search(name)]
+    return digest_files({name: digest_file(path / name) for name in names})
+
+
+def _files_given(step: Step, packages: tuple[str, ...]) -> dict[str, str]:
+    """Return the digests of the files that the configuration names to a pure step, as paths.
+
+    An effect may write what it is given, and is not to be repeated for that.
+    """
+    assert step.uses is not None
+    inputs = step.inputs.items() if step.mode == "pure" else ()
+    named = {n: value for n, value in inputs if any(map(os.path.isfile, _texts(value)))}
+    signature = signatures.find(step.uses) if named else None
+    if signature is None:
+        return {}
+    annotations = Annotations(packages)
+    taken = {name: annotations.takes(signature, name) for name in named}
+    paths = sorted({path for name, value in named.items() for path in paths_in(value, taken[name])})
+    return {path: digest_file(Path(path)) for path in paths if os.path.isfile(path)}
 
 
 @lru_cache(maxsize=1024)
@@ -146,15 +187,25 @@ def _value_digest(name: str) -> str | None:
 
 
 def _dotted_names(value: Any, packages: tuple[str, ...]) -> Iterator[str]:
+    """Yield the names in our packages that texts mention, ``package.module:name`` too."""
+    if not packages:
+        return
+    pattern = rf"(?<![\w./$-])(?:{'|'.join(map(re.escape, packages))})(?:[.:]\w+)+"
+    for text in _texts(value):
+        yield from (found.replace(":", ".") for found in re.findall(pattern, text))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts inside a value, also those that are keys."""
     if isinstance(value, str):
-        if any(value.startswith(f"{package}.") for package in packages) and " " not in value:
-            yield value
+        yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _dotted_names(item, packages)
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _dotted_names(item, packages)
+            yield from _texts(item)
 
 
 def _shown(

@@ -31,6 +31,13 @@ class Lanes:
             entry = (-work.step.priority, self._positions[work.name], work)
             heapq.heappush(self._ready, entry)
 
+    def drop(self, work: Work) -> None:
+        """Let go of a step that starts nothing more, so that it can be added anew."""
+        if any(entry[-1] is work for entry in self._ready):
+            self._ready = [entry for entry in self._ready if entry[-1] is not work]
+            heapq.heapify(self._ready)
+            self._listed.discard(work.name)
+
     def startable(self, cpus: Callable[[], int]) -> Iterator[Work]:
         """Yield steps of which a task may start now, the most urgent first; the caller starts it
         before it asks for the next one.

@@ -29,6 +29,9 @@ _RECORD_PATIENCE_S = 600.0
 _UNCALLED_S = 60.0
 _LINGER_S = 15.0
 
+SAID_DONE = "said to be done"
+"""The message of an effect of which a person has said that it happened."""
+
 Decision = Literal["done", "rerun"]
 
 
@@ -71,16 +74,22 @@ class Effect:
 
     def __init__(self) -> None:
         self._answer: bytes | None = None
+        self._error: BaseException | None = None
         self._end = _end_after(_UNCALLED_S)
 
     def run(self, job: bytes, calls: bytes) -> bytes:
-        """Perform the call and record that it is over; asked again, answer the same."""
+        """Perform the call and record that it is over; asked again, answer or raise the same."""
         self._end.cancel()
         try:
+            if self._error is not None:
+                raise self._error
             if self._answer is None:
                 (call,) = pickle.loads(calls)
                 self._answer = pickle.dumps([_perform(unpacked(job), call)])
             return self._answer
+        except BaseException as error:
+            self._error = error
+            raise
         finally:
             self._end = _end_after(_LINGER_S)
 
@@ -103,23 +112,11 @@ def _perform(job: Job, call: Call) -> Outcome:
     status = "succeeded" if outcome.error is None else "failed"
     writes: list[Any] = [_event(job, call, OVER, status=status)]
     if outcome.error is None:
-        writes.append(
-            StepChange(run_id=job.run_id, name=job.step, item=call.item, values=_values(outcome))
-        )
+        values = {"status": "succeeded", **outcome.facts}
+        change = StepChange(run_id=job.run_id, name=job.step, item=call.item, values=values)
+        writes += [change, *outcome.links]
     _record(ledger, writes)
     return outcome
-
-
-def _values(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "status": "succeeded",
-        "output": outcome.output,
-        "started_at": outcome.started_at,
-        "ended_at": outcome.ended_at,
-        "node": outcome.node,
-        "metrics": outcome.metrics,
-        "params": outcome.params,
-    }
 
 
 def _record(ledger: Ledger, writes: list[Any]) -> None:
@@ -145,14 +142,23 @@ def _event_of(
     return NewEvent(project=project, kind=kind, data=data, run_id=run_id, step=step)
 
 
-def uncertain(run_id: str, step: str, item: int = -1) -> WorkflowError:
-    """Return the error that says that nobody but a person knows whether an effect happened."""
+def uncertain(
+    run_id: str,
+    step: str,
+    item: int = -1,
+    *,
+    what: str = "it is not known whether step {step} has happened: it was cut off and must not run "
+    "twice",
+    why: str = "the process in which it ran is gone and has not said that it was done",
+) -> WorkflowError:
+    """Return the error that says that only a person can say what is to become of an effect."""
     which = step if item < 0 else f"{step} --item {item}"
     return WorkflowError(
-        f"it is not known whether step {step} has happened: it was cut off and must not run twice",
+        what.format(step=step),
         where=f"run {run_id}",
-        why="the process in which it ran is gone and has not said that it was done",
-        fix=f"look whether it happened, then say so: `mlops-ray resolve {run_id} {which} --done`, or "
+        why=why,
+        fix="look whether it happened, then say so: "
+        f"`mlops-ray resolve {run_id} {which} --done --output JSON` with what it returned, or "
         "`--rerun` to let it run again; then run the same command again",
     )
 
@@ -187,7 +193,7 @@ def resolve(
     values: dict[str, Any] = {"status": "pending", "message": None, "error": None}
     if decision == "done":
         values |= {"status": "succeeded", "output": artifacts.put(output)}
-        values["message"] = "said to be done"
+        values["message"] = SAID_DONE
     where = {"project": run.project, "run_id": run.run_id, "step": step}
     over = _event_of(**where, item=item, attempt=record.attempt, kind=OVER, status=decision)
     said = NewEvent(kind="effect_resolved", data={"item": item, "as": decision}, **where)

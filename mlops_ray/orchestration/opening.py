@@ -17,6 +17,7 @@ from mlops_ray.orchestration import resolution
 from mlops_ray.orchestration.frontier import Frontier
 from mlops_ray.orchestration.graph import Graph
 from mlops_ray.orchestration.keys import StepKey, item_key
+from mlops_ray.orchestration.once import SAID_DONE
 from mlops_ray.orchestration.plan import key_in
 from mlops_ray.orchestration.recording import Recorder
 from mlops_ray.orchestration.retries import digest_of
@@ -141,7 +142,9 @@ class Opener:
         return key_in(self._graph, name, outputs, self._artifacts, packages)
 
     def _is_done(self, record: StepRecord, key: StepKey) -> bool:
-        return record.key == key.key and self._reuse.is_intact(record)
+        # What a person has said was done is not done again because its code has changed since.
+        same = record.key == key.key or record.message == SAID_DONE
+        return same and self._reuse.is_intact(record)
 
     def _take_over(
         self, name: str, item: int, record: StepRecord, before: StepRecord | None

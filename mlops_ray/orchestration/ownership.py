@@ -17,6 +17,7 @@ from mlops_ray.errors import LeaseError, LedgerError, WorkflowError
 from mlops_ray.metadata.digest import digest_bytes
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Lease, RunRecord
+from mlops_ray.orchestration.retries import headline
 from mlops_ray.orchestration.spec import instance_name
 
 LEASE_TTL_S = 15.0
@@ -45,13 +46,15 @@ def take(ledger: Ledger, name: str) -> Lease:
     """
     owner = owner_name()
     first: Lease | None = None
+    dead: Lease | None = None
     while True:
         try:
-            return ledger.acquire(name, owner, LEASE_TTL_S)
+            return ledger.acquire(name, owner, LEASE_TTL_S, dead=dead)
         except LeaseError as error:
             held: Lease = error.lease
         if is_gone(held.owner):
-            return ledger.acquire(name, owner, LEASE_TTL_S, force=True)
+            dead = held
+            continue
         same_machine = held.owner.startswith(f"{_machine()}:")
         renewed = first is not None and held.expires_at != first.expires_at
         if same_machine or renewed:
@@ -74,8 +77,8 @@ def borrowed(ledger: Ledger, run: RunRecord) -> Iterator[Lease]:
     """
     name = instance_name(run.project, run.workflow, run.config_digest)
     held = ledger.lease(name)
-    force = held is not None and is_gone(held.owner)
-    lease = ledger.acquire(name, owner_name(), LEASE_TTL_S, force=force)
+    dead = held if held is not None and is_gone(held.owner) else None
+    lease = ledger.acquire(name, owner_name(), LEASE_TTL_S, dead=dead)
     try:
         yield lease
     finally:
@@ -94,7 +97,8 @@ class Keeper:
         ledger: Where the lease is.
         lease: Ours.
         lost: Called once, with the reason, when the lease is no longer ours or may not be: another
-            owner took it, or the ledger could not be reached for as long as the lease lasts.
+            owner took it, the ledger could not be reached for as long as the lease lasts, or the
+            keeper itself failed.
         look: Called about once a second; it may read the ledger.
     """
 
@@ -136,6 +140,10 @@ class Keeper:
                 if time.monotonic() - self._renewed_s > LEASE_TTL_S:
                     self._lost(error)
                     return
+            except Exception as error:
+                what = "the lease can no longer be kept"
+                self._lost(LedgerError(what, where=self._lease.name, why=headline(error)))
+                return
 
 
 @lru_cache(maxsize=1)

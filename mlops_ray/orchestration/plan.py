@@ -13,6 +13,7 @@ from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import RunRecord, StepRecord
 from mlops_ray.orchestration.graph import Graph
 from mlops_ray.orchestration.keys import StepKey, item_key
+from mlops_ray.orchestration.once import SAID_DONE
 from mlops_ray.orchestration.resolution import element_digest, elements_of, key_of, refusal
 from mlops_ray.orchestration.spec import RunSpec
 
@@ -59,7 +60,7 @@ def unfinished_run(spec: RunSpec, ledger: Ledger) -> RunRecord | None:
     found = ledger.runs(
         project=spec.project,
         workflow=spec.workflow.name,
-        config_digest=spec.config_digest,
+        config_digest=spec.instance_digest,
         limit=1,
     )
     return found[0] if found and found[0].status != "succeeded" else None
@@ -145,7 +146,8 @@ class _Planner:
 
     def _effect(self, name: str, key: StepKey) -> PlannedStep:
         step, before = self.graph.step(name), self.done.get(name)
-        output = before.output if before is not None and before.key == key.key else None
+        done = before is not None and (before.key == key.key or before.message == SAID_DONE)
+        output = before.output if before is not None and done else None
         if output is not None and self.artifacts.verify(output):
             return PlannedStep(name, step, "finished", "done in that run", key, output)
         return PlannedStep(name, step, "run", "has effects: runs once in each run", key)

@@ -77,9 +77,7 @@ def find(value: Any) -> Iterator[Reference]:
             yield from find(item)
 
 
-def replace(
-    value: Any, resolve: Callable[[Reference], Any], *, keep_escapes: bool = False
-) -> Any:
+def replace(value: Any, resolve: Callable[[Reference], Any], *, keep_escapes: bool = False) -> Any:
     """Return ``value`` with every reference replaced by ``resolve(reference)``, and ``$$`` at the
     beginning of a text by ``$``, unless ``keep_escapes``."""
     reference = parse(value)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from functools import lru_cache
 from typing import Any
 
-from mlops_ray.errors import LedgerError
+from mlops_ray.errors import LedgerError, WorkflowError
 from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
@@ -16,6 +17,16 @@ from mlops_ray.metadata.records import Lease, Link, LinkKind, NewEvent, StepChan
 
 _LEAST_BETWEEN_UPDATES_S = 0.5
 _LAST_UPDATE_PATIENCE_S = 5.0
+
+
+def _plain(what: str, value: Any) -> Any:
+    """Return a value as JSON holds it; what JSON does not know becomes text."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WorkflowError(
+            f"{what} cannot be recorded", why=str(error), fix="report what JSON can hold"
+        ) from error
 
 
 @lru_cache(maxsize=4)
@@ -52,8 +63,8 @@ class LiveReporter:
 
     def progress(self, *, rows: int | None = None, message: str = "") -> None:
         """Record rows done and a message."""
-        self.rows = rows if rows is not None else self.rows
-        self.message = message or self.message
+        self.rows = int(rows) if rows is not None else self.rows
+        self.message = str(message) or self.message
         self._show()
 
     def metric(self, name: str, value: float) -> None:
@@ -63,10 +74,11 @@ class LiveReporter:
 
     def param(self, name: str, value: Any) -> None:
         """Record a parameter."""
-        self.params[name] = value
+        self.params[name] = _plain(f"parameter {name!r}", value)
 
     def event(self, kind: str, **data: Any) -> None:
         """Append an event to the ledger."""
+        data = _plain(f"event {kind!r}", data)
         if self._item >= 0:
             data = {"item": self._item, **data}
         event = NewEvent(project=self._project, kind=kind, data=data, **self._where)

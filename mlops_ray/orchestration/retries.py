@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,6 +11,7 @@ from mlops_ray.errors import ArtifactError, LedgerError, StorageError
 
 Cause = Literal["user", "infrastructure", "preemption"]
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NODE_DIED = "node has died"
 
 
@@ -32,8 +34,12 @@ def classify(error: BaseException) -> Cause:
 
 def headline(error: BaseException) -> str:
     """Return the kind of an error and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"
+    raised = getattr(error, "cause", None)  # of an error of Ray's, what was raised in the worker
+    error = raised if isinstance(raised, BaseException) else error
+    lines = _COLOURS.sub("", str(error)).strip().splitlines()
+    # Ray's traceback of a worker has what was raised at its end.
+    line = lines[-1 if type(error).__name__ == "RayTaskError" else 0] if lines else "no details"
+    return f"{type(error).__name__}: {line}"
 
 
 def digest_of(error: BaseException) -> str | None:

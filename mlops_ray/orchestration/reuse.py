@@ -30,13 +30,21 @@ class Reuse:
         self._artifacts = artifacts
         self._corrupt = corrupt
 
-    def by_key(self, keys: Mapping[Name, str]) -> dict[Name, StepRecord]:
-        """Return, of what has these keys, the finished steps whose outputs are intact."""
-        if not keys:
-            return {}
-        found = self._ledger.cached(keys.values())
+    def by_key(
+        self, keys: Mapping[Name, str], own: Mapping[Name, StepRecord]
+    ) -> dict[Name, StepRecord]:
+        """Return, of what has these keys, the finished steps whose outputs are intact.
+
+        What the run itself has recorded, ``own``, goes first: others may have depended on it.
+        """
+        same = ((name, own.get(name), key) for name, key in keys.items())
+        kept = {n: r for n, r, key in same if r and r.key == key and self.is_intact(r)}
+        left = {name: key for name, key in keys.items() if name not in kept}
+        if not left:
+            return kept
+        found = self._ledger.cached(left.values())
         good = {key: record for key, record in found.items() if self.is_intact(record)}
-        return {name: good[key] for name, key in keys.items() if key in good}
+        return kept | {name: good[key] for name, key in left.items() if key in good}
 
     def is_intact(self, record: StepRecord) -> bool:
         """Say whether a step is done and its output's bytes are as they were; remove them if not."""

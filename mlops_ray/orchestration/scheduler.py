@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import pickle
@@ -251,22 +252,8 @@ class Scheduler:
             self._recorder.message(work.name, work.progress)
 
     def _record_success(self, work: Work, call: Call, outcome: Outcome) -> None:
-        output = outcome.output
-        assert output is not None
-        self._recorder.set(
-            work.name,
-            "succeeded",
-            item=call.item,
-            output=output,
-            started_at=outcome.started_at,
-            ended_at=outcome.ended_at,
-            rows=output.rows if output.rows is not None else outcome.rows,
-            message=outcome.message,
-            metrics=outcome.metrics,
-            params=outcome.params,
-            node=outcome.node,
-            said={"attempt": call.attempt, "node": outcome.node},
-        )
+        said = {"attempt": call.attempt, "node": outcome.node}
+        self._recorder.set(work.name, "succeeded", item=call.item, said=said, **outcome.facts)
         if outcome.links:
             self._recorder.write(*outcome.links)
 
@@ -363,11 +350,12 @@ class Scheduler:
         ours = {ticket for ticket in self._flying if effects_too or not ticket.once}
         done: list[tuple[Work, Call, Outcome]] = []
         for force, grace_s in ((False, _CANCEL_GRACE_S), (True, _KILL_GRACE_S)):
-            for ticket in ours & self._flying:
-                self._crew.cancel(ticket, force=force or ticket.once)
-            until_s = time.monotonic() + grace_s
-            while ours & self._flying and (left_s := until_s - time.monotonic()) > 0:
-                done += self._last_successes(left_s)
+            with contextlib.suppress(KeyboardInterrupt):  # asked again: it is not waited for longer
+                for ticket in ours & self._flying:
+                    self._crew.cancel(ticket, force=force or ticket.once)
+                until_s = time.monotonic() + grace_s
+                while ours & self._flying and (left_s := until_s - time.monotonic()) > 0:
+                    done += self._last_successes(left_s)
         if record:
             for work, call, outcome in done:
                 self._record_success(work, call, outcome)

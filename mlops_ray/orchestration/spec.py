@@ -66,9 +66,18 @@ class RunSpec:
         )
 
     @property
+    def instance_digest(self) -> str:
+        """``config_digest``; of a part of the workflow together with what part it is, so that it
+        neither goes on with a run of the whole nor is taken up as one."""
+        if not self.only and not self.given:
+            return self.config_digest
+        given = {name: ref.digest for name, ref in self.given.items()}
+        return digest_json([self.config_digest, sorted(self.only), given])
+
+    @property
     def instance(self) -> str:
         """The name of the lease that a run of this holds."""
-        return instance_name(self.project, self.workflow.name, self.config_digest)
+        return instance_name(self.project, self.workflow.name, self.instance_digest)
 
 
 def instance_name(project: str, workflow: str, config_digest: str) -> str:

@@ -92,6 +92,21 @@ class Outcome:
     params: dict[str, Any] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the record of a call that succeeded says of it."""
+        assert self.output is not None
+        return {
+            "output": self.output,
+            "started_at": self.started_at,
+            "ended_at": self.ended_at,
+            "rows": self.output.rows if self.output.rows is not None else self.rows,
+            "message": self.message,
+            "metrics": self.metrics,
+            "params": self.params,
+            "node": self.node,
+        }
+
 
 def execute(job: bytes, calls: bytes) -> bytes:
     """Run calls of a step one after the other: a pickled ``Job``, a list of ``Call``; of ``Outcome``.
@@ -122,7 +137,9 @@ def perform(job: Job, call: Call) -> Outcome:
         try:
             with nested(call.traceparent, job.tracing), limited(job.timeout_s, log):
                 result = {"output": _call(job, call, context)}
-        except (Exception, SystemExit, TimedOut) as error:
+        except KeyboardInterrupt:
+            raise  # the driver's word
+        except BaseException as error:
             traceback.print_exc()
             result = {
                 "error": _step_error(job, call, error),

@@ -94,11 +94,16 @@ def test_stop_needs_a_cluster(command: Any, project: Path) -> None:
         ("commit: main", "data: lodes", "there is no feature view 'lodes'"),
         ("commit: main", "after: {workflow: train}", "start each other for ever"),
         ("commit: main", "overlap: allow", "until={at}"),
+        ("commit: main", "event: firing_due", "would start itself for ever"),
+        ("commit: main", "after: {workflow: nightly}", "says name: night_train"),
     ],
 )
 def test_check_finds_what_is_wrong_and_where(
     command: Any, project: Path, old: str, new: str, message: str
 ) -> None:
+    folder = project / "configs" / "workflow"
+    folder.mkdir(exist_ok=True)
+    (folder / "nightly.yaml").write_text("name: night_train\nsteps: {}\n")
     file = project / "configs" / "project" / "shop.yaml"
     text = file.read_text().replace(old, new)
     file.write_text(text)
@@ -109,3 +114,16 @@ def test_check_finds_what_is_wrong_and_where(
     line = int(problem.split("shop.yaml:")[1].split(" ")[0])
     around = "\n".join(text.splitlines()[line - 1 : line + 2])
     assert new in around
+
+
+def test_a_repair_is_no_ring(command: Any, project: Path) -> None:
+    file = project / "configs" / "project" / "shop.yaml"
+    declared = """
+  fix: {workflow: tune, after: {workflow: train, status: failed}}
+  again: {workflow: train, after: {workflow: tune, status: STATUS}}
+"""
+    text = file.read_text().rstrip("\n")
+    file.write_text(text + declared.replace("STATUS", "succeeded"))
+    assert run(command, project, "check").code == 0
+    file.write_text(text + declared.replace("STATUS", "any"))
+    assert "start each other for ever" in run(command, project, "check").err

@@ -292,6 +292,16 @@ def test_models_where_nothing_is_registered(
     assert not (project / ".mlops-ray").exists()
 
 
+@pytest.mark.parametrize("arguments", [("models", "list", NAME), ("reproduce", f"{NAME}@1")])
+def test_a_tracking_server_is_asked_what_is_registered(
+    command: Any, project: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("MLOPS_RAY_TRACKING", "http://127.0.0.1:9")
+    outcome = command(*arguments)
+    assert outcome.code == 1
+    assert "http://127.0.0.1:9: MLflow cannot be reached" in outcome.err
+
+
 def test_submit_without_a_cluster_says_how_to_start_one(command: Any, project: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

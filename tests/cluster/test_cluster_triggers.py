@@ -14,7 +14,7 @@ import pytest
 from mlops_ray.cluster.cursors import PAUSED, RESUMED
 from mlops_ray.cluster.observations import ProjectWorld
 from mlops_ray.cluster.triggers import Dispatcher, TriggersSpec
-from mlops_ray.errors import ClusterError, FeatureStoreError
+from mlops_ray.errors import ClusterError, FeatureStoreError, JobRefusedError
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import RunRecord
@@ -37,10 +37,13 @@ class Cluster:
         self.commands: dict[str, JobCommand] = {}
         self.known: dict[str, JobOutcome] = {}
         self.down = False
+        self.refuses = ""
 
     def submit(self, submission_id: str, command: JobCommand) -> None:
         if self.down:
             raise ClusterError("no dashboard")
+        if self.refuses and self.refuses in submission_id:
+            raise JobRefusedError("not this one")
         if submission_id not in self.known:
             self.submitted.append(submission_id)
             self.commands[submission_id] = command
@@ -256,7 +259,7 @@ def test_one_that_lost_its_lease_writes_nothing_more(tiny_project: Any) -> None:
     bench = Bench(tiny_project, {"hourly": HOURLY})
     bench.tick()
     paused = bench.dispatcher
-    bench.ledger.acquire("triggers/tiny", "two", 60, force=True)
+    bench.ledger.acquire("triggers/tiny", "two", 60, dead=bench.ledger.lease("triggers/tiny"))
     bench.now += HOUR
     assert not paused.tick()
     assert not paused.tick()
@@ -420,6 +423,122 @@ def test_a_cluster_that_is_down_is_asked_again(tiny_project: Any) -> None:
     bench.tick(seconds=1)
     bench.tick(seconds=1)
     assert [job[-2:] for job in bench.jobs.submitted] == ["-1", "-2"]
+
+
+def test_a_lost_job_whose_run_succeeded_is_not_run_again(tiny_project: Any) -> None:
+    bench = Bench(tiny_project, {"t": {"workflow": "train"}})
+    bench.tick()
+    for number, status in enumerate(("succeeded", "failed")):
+        firing = by_hand("tiny", "t", "")
+        bench.ledger.fire(firing)
+        bench.tick(seconds=1)
+        bench.run("train", status, f"r{number}")
+        bench.ledger.append("tiny", "triggered", {"firing": firing.key}, run_id=f"r{number}")
+        bench.jobs.known.clear()  # the head was started anew, without a memory
+        for _ in range(2):
+            bench.tick(seconds=1)
+    assert [job[-2:] for job in bench.jobs.submitted] == ["-1", "-1", "-2"]
+    assert Counter(bench.states()) == {("t", "succeeded"): 1, ("t", "submitted"): 1}
+
+
+def test_a_job_that_is_refused_is_given_up_and_blocks_nothing(tiny_project: Any) -> None:
+    same = {"workflow": "w", "event": "e"}
+    bench = Bench(tiny_project, {"bad": same, "good": same})
+    bench.tick()
+    bench.jobs.refuses = "-bad-"
+    bench.ledger.append("tiny", "e", {})
+    bench.tick()
+    assert "not this one" in bench.dispatcher.status()["troubles"]["bad"]
+    assert sorted(bench.states()) == [("bad", "due"), ("good", "due")]
+    for _ in range(2):
+        bench.tick(hours=1)
+    bench.jobs.refuses = ""
+    bench.tick(hours=1)
+    (job,) = bench.jobs.submitted  # the same attempt, so it begins anew
+    assert job.endswith("-1")
+    assert "--fresh" in bench.jobs.commands[job].argv
+    bench.jobs.end_all()
+    bench.tick(seconds=1)
+    bench.jobs.end_all()
+    bench.jobs.refuses = "-bad-"
+    bench.ledger.append("tiny", "e", {})
+    for _ in range(5):
+        bench.tick(hours=1)
+    firings = bench.ledger.firings(project="tiny", trigger="bad")
+    assert [firing.status for firing in firings] == ["failed", "succeeded"]
+    assert ("good", "submitted") in bench.states()
+
+
+def test_what_goes_wrong_with_one_trigger_stops_no_other(tiny_project: Any) -> None:
+    triggers = {
+        "code": {"workflow": "a", "commit": "main"},
+        "drift": {"workflow": "b", "drift": True},
+        "hourly": HOURLY,
+    }
+    bench = Bench(tiny_project, triggers)
+    bench.world.heads["main"] = "c1"
+    bench.tick()
+    bench.world.heads.clear()
+    bench.ledger.append("tiny", "measured", {"drift": "of another time"})
+    bench.tick(hours=1)
+    assert bench.states() == [("hourly", "submitted")]
+    troubles = bench.dispatcher.status()["troubles"]
+    assert troubles["code"] == "KeyError: 'main'"
+    assert "cannot be read" in troubles["drift"]
+    bench.ledger.append("tiny", "measured", measured({f"f{n}": 9.0 for n in range(9)}, 0.8))
+    bench.tick(seconds=1)
+    assert ("drift", "submitted") in bench.states()
+
+
+def test_the_interval_since_the_last_start_outlives_many_firings(tiny_project: Any) -> None:
+    declared = {"workflow": "w", "event": "e", "min_interval": "7d"}
+    bench = Bench(tiny_project, {"t": declared})
+    bench.tick()
+    bench.ledger.append("tiny", "e", {})
+    bench.tick(minutes=1)
+    assert len(bench.jobs.submitted) == 1
+    for number in range(110):
+        firing = by_hand("tiny", "t", "").model_copy(update={"at": bench.now})
+        left = {"key": f"tiny/t@old-{number}", "status": "skipped", "attempt": 0}
+        bench.ledger.fire(firing.model_copy(update=left))
+    bench.jobs.end_all()
+    bench.ledger.append("tiny", "e", {})
+    bench.tick(hours=1)
+    assert len(bench.jobs.submitted) == 1
+    bench.tick(days=7)
+    assert len(bench.jobs.submitted) == 2
+
+
+def test_a_branch_that_comes_back_and_a_table_that_is_gone(tiny_project: Any) -> None:
+    triggers = {
+        "code": {"workflow": "a", "commit": "main"},
+        "data": {"workflow": "b", "data": "facts"},
+    }
+    bench = Bench(tiny_project, triggers)
+    bench.world.heads["main"], bench.world.versions["facts"] = "A", "t:3"
+    bench.tick()
+    bench.world.versions["facts"] = ""
+    for head in "BAB":
+        bench.world.heads["main"] = head
+        bench.tick(minutes=1)
+        bench.restart()
+        bench.tick(seconds=1)
+    assert Counter(name for name, _ in bench.states()) == {"code": 3}
+
+
+def test_a_firing_and_its_event_are_written_together(tiny_project: Any) -> None:
+    for moment in range(1, 8):
+        project = tiny_project.model_copy(update={"home": tiny_project.home / str(moment)})
+        bench = Bench(project, {"t": {"workflow": "w", "event": "e"}})
+        bench.tick()
+        bench.ledger.append("tiny", "e", {})
+        bench.restart(dies=moment)
+        bench.live(4)
+        bench.jobs.end_all()
+        bench.live(2)
+        events = bench.ledger.events(project="tiny")
+        kinds = [event.kind for event in events if event.kind.startswith("firing")]
+        assert kinds == ["firing_due", "firing_submitted", "firing_succeeded"], moment
 
 
 def test_cancel_replaces_what_runs_when_it_has_ended(tiny_project: Any) -> None:

@@ -109,8 +109,8 @@ def usurp(home: Home, owner: str, seconds: float) -> int:
     deadline = time.monotonic() + seconds
     written = 0
     while time.monotonic() < deadline:
-        lease = ledger.acquire("shared", owner, 600, force=True)
         try:
+            lease = ledger.acquire("shared", owner, 600, dead=ledger.lease("shared"))
             for _ in range(3):
                 data = {"token": lease.token}
                 ledger.apply([NewEvent(project="shop", kind="fenced", data=data)], fence=lease)

@@ -13,6 +13,7 @@ from mlops_ray.errors import LeaseError, LedgerError
 from mlops_ray.metadata.artifacts import ArtifactRef
 from mlops_ray.metadata.journal import Journal
 from mlops_ray.metadata.records import Firing, Link, NewEvent, NewKey, StepChange
+from mlops_ray.metadata.rows import cell
 
 REF = ArtifactRef(digest="d" * 64, kind="json", size=2, rows=None)
 
@@ -52,6 +53,16 @@ def test_the_same_run_is_not_started_twice(ledgers: Ledgers) -> None:
     assert len(ledger.steps("r1")) == 1
 
 
+def test_runs_and_their_steps_are_read_many_at_a_time(ledgers: Ledgers) -> None:
+    ledger = ledgers.open()
+    for run_id in ("r2", "r1"):
+        ledger.start_run(run_record(run_id), ["b", "a"])
+    ledger.apply([StepChange(run_id="r1", name="a", item=0, values={"status": "running"})])
+    assert ledger.steps_of(["r1", "none", "r2", "r1"]) == [*ledger.steps("r1"), *ledger.steps("r2")]
+    assert len(ledger.runs(limit=None)) == 2
+    assert ledger.steps_of([]) == []
+
+
 def test_the_calls_of_a_mapped_step_are_apart_from_it(ledgers: Ledgers) -> None:
     ledger = ledgers.open()
     ledger.start_run(run_record(), ["a"])
@@ -69,7 +80,7 @@ def test_a_batch_is_written_whole_or_not_at_all(ledgers: Ledgers) -> None:
     ledger = ledgers.open()
     lease = ledger.acquire("w", "me", 60)
     change = StepChange(run_id="r1", name="a", values={"status": "running"})
-    ledger.acquire("w", "other", 60, force=True)
+    ledger.acquire("w", "other", 60, dead=lease)
     with pytest.raises(LeaseError, match="taken over"):
         ledger.apply([event(1), change, NewKey(key="k", parts={})], fence=lease)
     unknown = StepChange(run_id="r1", name="a", values={"colour": "red"})
@@ -86,6 +97,7 @@ def test_keys_and_links_are_kept_once(ledgers: Ledgers) -> None:
     ledger.apply([NewKey(key="k", parts={"a": 1}), link, link])
     ledger.apply([NewKey(key="k", parts={"a": 2}), link])
     assert ledger.key_parts("k") == {"a": 1}
+    assert ledger.parts_of(["none", "k", "k"]) == {"k": {"a": 1}}
     assert ledger.links(kind="model", name="flights@7") == [link]
     assert ledger.links(direction="reads") == []
 
@@ -104,7 +116,6 @@ def test_the_newest_finished_step_with_a_key_is_found(ledgers: Ledgers) -> None:
     assert latest is not None
     assert latest.run_id == "r1"
     assert ledger.latest("other", "a") is None
-    assert [step.run_id for step in ledger.produced(REF.digest)] == ["r0"]
 
 
 def test_events_keep_their_order_and_are_filtered(ledgers: Ledgers) -> None:
@@ -134,7 +145,7 @@ def test_a_lease_has_one_owner_until_it_ends(ledgers: Ledgers) -> None:
         ledger.acquire("w", "other", 60)
     assert refused.value.lease == ledger.lease("w") == first
     assert ledger.acquire("w", "me", 60).token == 2
-    expired = ledger.acquire("w", "other", -1, force=True)
+    expired = ledger.acquire("w", "other", -1, dead=ledger.lease("w"))
     third = ledger.acquire("w", "me", 60)
     assert (expired.token, third.token) == (3, 4)
     for stale in (first, expired):
@@ -184,11 +195,14 @@ def test_a_run_is_unmirrored_from_its_end_until_it_is_mirrored(ledgers: Ledgers)
     assert ledger.unmirrored() == []
     ledger.finish_run("r1", "failed")
     assert [run.run_id for run in ledger.unmirrored()] == ["r1"]
-    ledger.append("shop", "mirrored", {}, run_id="r1")
-    assert ledger.unmirrored() == []
+    (ended,) = ledger.unmirrored()
     ledger.resume_run("r1", "me", {})
     ledger.finish_run("r1", "succeeded")
-    assert [run.run_id for run in ledger.unmirrored()] == ["r1"]
+    # Resumed while it was being mirrored: what is shown is how it ended before.
+    ledger.append("shop", "mirrored", {"ended_at": cell(ended.ended_at)}, run_id="r1")
+    (again,) = ledger.unmirrored()
+    ledger.append("shop", "mirrored", {"ended_at": cell(again.ended_at)}, run_id="r1")
+    assert ledger.unmirrored() == []
 
 
 def test_of_processes_that_want_a_lease_at_once_one_gets_it(ledgers: Ledgers) -> None:
@@ -262,6 +276,16 @@ def test_threads_share_a_ledger_and_each_gets_its_own_reply(ledgers: Ledgers) ->
     assert numbers == sorted(2 * [n for n in range(30) if n % 3])
 
 
+def test_of_two_that_take_over_from_a_dead_owner_the_second_is_refused(ledgers: Ledgers) -> None:
+    ledger = ledgers.open()
+    dead = ledger.acquire("w", "dead", 600)
+    first = ledger.acquire("w", "first", 600, dead=dead)
+    with pytest.raises(LeaseError) as refused:
+        ledger.acquire("w", "second", 600, dead=dead)
+    assert refused.value.lease == ledger.lease("w") == first
+    ledger.renew(first, 600)
+
+
 def test_a_journal_writes_in_order_and_stops_with_its_lease(ledgers: Ledgers) -> None:
     ledger = ledgers.open()
     lease = ledger.acquire("w", "me", 60)
@@ -270,7 +294,7 @@ def test_a_journal_writes_in_order_and_stops_with_its_lease(ledgers: Ledgers) ->
         journal.write(event(number))
     journal.flush()
     assert [event.data["n"] for event in ledger.events()] == list(range(500))
-    ledger.acquire("w", "other", 60, force=True)
+    ledger.acquire("w", "other", 60, dead=lease)
     journal.write(event(500))
     with pytest.raises(LeaseError):
         journal.flush()

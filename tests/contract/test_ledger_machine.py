@@ -78,7 +78,7 @@ class Machine(RuleBasedStateMachine):
         self.ledger.start_run(record, ["a", "b"])
         for position, name in enumerate(("a", "b")):
             self.steps[self.run, name, -1] = {"status": "pending", "position": position}
-        return self.take("first", 600, force=False)
+        return self.take("first", 600, dead=None)
 
     @rule(
         changes=st.lists(st.tuples(NAMES, ITEMS, VALUES), max_size=6),
@@ -115,19 +115,20 @@ class Machine(RuleBasedStateMachine):
         target=leases,
         owner=st.sampled_from(["me", "you"]),
         ttl_s=st.sampled_from([-5, 600]),
-        force=st.booleans(),
+        dead=st.none() | leases,
     )
-    def take(self, owner: str, ttl_s: float, force: bool) -> Lease:
+    def take(self, owner: str, ttl_s: float, dead: Lease | None) -> Lease:
         name = f"{self.own}-lease"
         held = self.held
-        free = held is None or held.expires_at < datetime.now(UTC) or held.owner == owner or force
-        if not free:
+        free = held is None or held.expires_at < datetime.now(UTC) or held.owner == owner
+        known_dead = dead is not None and dead.token == self.tokens
+        if held is not None and not free and not known_dead:
             with pytest.raises(LeaseError) as refused:
-                self.ledger.acquire(name, owner, ttl_s, force=force)
+                self.ledger.acquire(name, owner, ttl_s, dead=dead)
             assert refused.value.lease == held
             return held
         self.tokens += 1
-        self.held = self.ledger.acquire(name, owner, ttl_s, force=force)
+        self.held = self.ledger.acquire(name, owner, ttl_s, dead=dead)
         assert (self.held.owner, self.held.token) == (owner, self.tokens)
         return self.held
 

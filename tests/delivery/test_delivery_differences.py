@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import torch as torch_file
 from safetensors.numpy import save_file
 
+from mlops_ray.delivery import verdict
 from mlops_ray.delivery.differences import describe
 from mlops_ray.delivery.environment import environment_changes
+from mlops_ray.metadata.artifacts import open_artifacts
+from mlops_ray.metadata.home import Home
 
 
 def test_rows_that_differ_are_counted_and_shown() -> None:
@@ -74,6 +79,70 @@ def test_tensors_of_other_shapes_and_bits() -> None:
     lines = describe("tensors", then, now)
     assert lines[0].startswith("a: 1 of 1 values differ")
     assert lines[1:] == ["b: float64[2] then, float64[3] now", "c: only then", "d: only now"]
+
+
+def test_columns_that_arrow_does_not_compare() -> None:
+    for then, now in (([[1], [2]], [[1], [3]]), ([{"x": 1}, {"x": 2}], [{"x": 1}, {"x": 3}])):
+        lines = describe("table", pa.table({"a": then}), pa.table({"a": now}))
+        assert lines[0] == "column a: 1 of 2 rows differ"
+        assert lines[1].startswith("  row 1: ")
+
+
+def test_columns_of_one_name() -> None:
+    then, now = (pa.table([pa.array([1]), pa.array([value])], names=["a", "a"]) for value in (2, 3))
+    assert describe("table", then, now) == [
+        "column a (2): 1 of 1 rows differ",
+        "  row 0: 2 then, 3 now",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        (np.array([1.0]), np.array([2.0]), "1 of 1 values differ, by at most 1"),
+        (
+            np.array([2j], np.complex64),
+            np.array([3j], np.complex64),
+            "1 of 1 values differ, by at most 1",
+        ),
+        (
+            np.array([2**63], np.uint64),
+            np.array([2**63 + 1], np.uint64),
+            "1 of 1 values differ, by at most 1",
+        ),
+        (np.array([True, False]), np.array([True, True]), "1 of 2 values differ, by at most 1"),
+        (np.zeros((0, 2)), np.zeros((0, 3)), "float64[0, 2] then, float64[0, 3] now"),
+        (torch.tensor([1.0]), torch.tensor([3.0]), "1 of 1 values differ, by at most 2"),
+        (
+            torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+            torch.tensor([1.0, 4.0], dtype=torch.bfloat16),
+            "1 of 2 values differ, by at most 2",
+        ),
+    ],
+)
+def test_tensors_of_every_kind(tmp_path: Path, then: Any, now: Any, said: str) -> None:
+    assert describe("tensors", then, now) == [said]
+    assert describe("tensors", {"w": then}, {"w": now}) == [f"w: {said}"]
+    assert describe("tensors", {"w": then}, {"w": then}) == []
+    for name, value in (("then", then), ("now", now)):
+        (tmp_path / name).mkdir()
+        save = torch_file.save_file if isinstance(value, torch.Tensor) else save_file
+        save({"w": value}, tmp_path / name / "w.safetensors")
+    lines = describe("tree", tmp_path / "then", tmp_path / "now")
+    assert lines == ["w.safetensors: other bytes", f"  w: {said}"]
+
+
+def test_what_cannot_be_described_is_said_and_no_more(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_values: Any) -> list[str]:
+        raise TypeError("no such type")
+
+    monkeypatch.setattr(verdict, "describe", fail)
+    clean = Home(tmp_path / "clean")
+    refs = [open_artifacts(at).put({"a": number}) for number, at in enumerate((home, clean))]
+    lines = verdict._lines(home, refs[0], clean, refs[1])
+    assert lines == ("cannot be compared: TypeError: no such type",)
 
 
 def test_no_more_lines_than_one_reads() -> None:

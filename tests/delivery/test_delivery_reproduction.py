@@ -209,6 +209,17 @@ def test_a_package_that_was_tampered_with_is_no_version(trained: Trained) -> Non
         weights.write_bytes(data)
 
 
+@pytest.mark.parametrize("step", ["fit", "evaluate"])
+def test_what_has_to_come_out_again_cannot_be_given(trained: Trained, step: str) -> None:
+    with pytest.raises(WorkflowError, match=f"step {step} is what has to come out again"):
+        find_case(trained.home, f"{NAME}@1", [step])
+
+
+def test_a_step_that_is_not_there_cannot_be_given(trained: Trained) -> None:
+    with pytest.raises(WorkflowError, match="no step 'nonsense'"):
+        find_case(trained.home, f"{NAME}@1", ["nonsense"])
+
+
 def test_a_version_that_nothing_is_known_of(trained: Trained) -> None:
     with pytest.raises(RegistryError, match="has no version '9'"):
         find_case(trained.home, f"{NAME}@9")

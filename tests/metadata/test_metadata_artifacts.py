@@ -28,6 +28,8 @@ from metadata.stores import address, open_store, start_server
 from mlops_ray.errors import ArtifactError, StorageError
 from mlops_ray.metadata import digest as digests
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore, open_artifacts
+from mlops_ray.metadata.bucket import BucketBlobs
+from mlops_ray.metadata.folder import FolderBlobs
 from mlops_ray.metadata.home import Home, Storage
 from mlops_ray.metadata.retention import collect, judge
 from mlops_ray.metadata.types import GateDecision
@@ -527,3 +529,96 @@ def test_a_kill_leaves_no_half_artifact(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
     said = kill_put.run(tmp_path, where, kills=3)
     assert said.startswith("3 kills")
+
+
+def test_a_folder_and_the_value_that_lists_it_are_two_things(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").write_text("1")
+    store = ArtifactStore(FolderBlobs(tmp_path / "store"))
+    listing = digests.file_digests(tmp_path / "folder")
+    folder, value = store.put(tmp_path / "folder"), store.put(listing)
+    assert folder.digest != value.digest
+    assert (store.get(folder) / "file").read_text() == "1"
+    assert store.get(value) == listing
+
+
+@pytest.mark.parametrize("call", ["utime", "digest_tree"])
+def test_what_is_collected_while_it_is_put_is_there_afterwards(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlops_ray.metadata import folder
+
+    store = ArtifactStore(FolderBlobs(tmp_path))
+    ref = store.put({"a": 1})
+    os.utime(store.path(ref.digest), (1, 1))
+    place = os if call == "utime" else folder
+    real = getattr(place, call)
+
+    def late(path: Path, *arguments: Any) -> Any:
+        FolderBlobs(tmp_path).collect(ref.digest, datetime.now(UTC) - timedelta(days=1))
+        return real(path, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, call, late)
+        assert store.put({"a": 1}) == ref
+    assert store.get(ref) == {"a": 1}
+
+
+def test_a_second_put_waits_until_the_first_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlops_ray.metadata import folder
+
+    store = ArtifactStore(FolderBlobs(tmp_path))
+    store.put({"a": 1})
+    synced: list[Path] = []
+    monkeypatch.setattr(folder, "sync", synced.append)
+    ref = store.put({"a": 1})
+    assert synced == [store.path(ref.digest).parent]
+
+
+def test_folders_with_links_to_nothing_or_to_themselves_are_refused(tmp_path: Path) -> None:
+    store = ArtifactStore(FolderBlobs(tmp_path / "store"))
+    for name, target in (("nothing", "/nowhere"), ("itself", ".")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("1")
+        (tmp_path / name / "link").symlink_to(target)
+        with pytest.raises(ArtifactError, match="a folder cannot be stored") as caught:
+            store.put(tmp_path / name)
+        assert caught.value.where == str(tmp_path / name / "link")
+
+
+def test_foreign_objects_are_not_ours(tmp_path: Path) -> None:
+    from pyarrow import fs
+
+    bucket = tmp_path / "bucket"
+    for number in range(256):
+        (bucket / f"{number:02x}").mkdir(parents=True)
+    store = ArtifactStore(BucketBlobs(fs.LocalFileSystem(), str(bucket), tmp_path / "cache"))
+    ref = store.put({"a": 1})
+    (bucket / "reports").mkdir()
+    (bucket / "reports/q3.parquet").write_bytes(b"1")
+    (bucket / "reports" / ("0" * 64)).write_bytes(b"1")
+    store.blobs.mark("run")
+    assert [blob.digest for blob in store.stored()] == [ref.digest]
+    assert store.blobs.owner() == "run"
+
+
+def test_a_store_that_cannot_be_reached_is_an_error_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ArtifactStore(FolderBlobs(tmp_path))
+
+    def refuse() -> Any:
+        raise OSError("no route")
+
+    monkeypatch.setattr(store.blobs, "blobs", refuse)
+    with pytest.raises(StorageError, match="cannot be read"):
+        store.stored()
+
+
+def test_the_address_of_a_shared_folder_is_decoded(tmp_path: Path) -> None:
+    shared = tmp_path / "a b"
+    storage = Storage(artifacts=f"file://{str(shared).replace(' ', '%20')}")
+    open_artifacts(Home(tmp_path, storage)).put(1)
+    assert shared.is_dir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_of_requests_that_share_a_commit_each_is_whole_and_has_its_own_reply(url
     replies = database.write_all(
         [
             appending(0),
-            Request("acquire", ("w", "me", 60.0, False)),
+            Request("acquire", ("w", "me", 60.0, None)),
             appending(1, ("w", 7)),
             Request("nonsense", ()),
             appending(2, ("w", 1)),
@@ -57,9 +58,29 @@ def test_of_requests_that_share_a_commit_each_is_whole_and_has_its_own_reply(url
     assert numbers(url) == [0, 2]
 
 
+def test_a_locked_file_is_waited_for_once_by_all_that_share_a_commit(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(url, patience_s=0.05)
+    tries: list[int] = []
+    plain = database._perform
+
+    def perform(requests: Sequence[Request]) -> list[object]:
+        tries.append(len(requests))
+        return plain(requests)
+
+    monkeypatch.setattr(database, "_perform", perform)
+    other = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    replies = database.write_all([appending(number) for number in range(3)])
+    other.close()
+    assert tries == [3]
+    assert ["locked" in str(reply) for reply in replies] == [True] * 3
+
+
 def test_a_request_that_is_sent_again_is_answered_and_not_repeated(url: str) -> None:
     database = Database(url)
-    taking = Request("acquire", ("w", "me", 60.0, False), "one")
+    taking = Request("acquire", ("w", "me", 60.0, None), "one")
     first = database.write_all([taking, appending(0, identity="two")])
     again = [taking._replace(again=True), appending(0, identity="two")._replace(again=True)]
     assert database.write_all(again) == first
@@ -167,3 +188,25 @@ def test_a_ledger_that_is_removed_or_replaced_is_not_written_into_the_void(
         (tmp_path / f"ledger.db{end}").unlink(missing_ok=True)
     (tmp_path / "other.db").replace(tmp_path / "ledger.db")
     assert [event.kind for event in ledger.events()] == ["copy"]
+
+
+def test_a_ledger_that_is_removed_while_it_is_written_to_is_written_anew(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(url)
+    ledger = Ledger(database)
+    plain = database._follow_file
+    removals = [1]
+
+    def follow() -> None:
+        plain()
+        if removals and removals.pop():
+            for file in tmp_path.glob("ledger.db*"):
+                file.unlink()
+
+    monkeypatch.setattr(database, "_follow_file", follow)
+    ledger.append("p", "acknowledged", {})
+    assert [event.kind for event in Ledger(url).events()] == ["acknowledged"]
+    removals += [1] * 100
+    with pytest.raises(LedgerError, match="again and again"):
+        ledger.append("p", "never", {})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlops_ray.errors import LeaseError
+from mlops_ray.errors import LeaseError, LedgerError
 from mlops_ray.metadata.journal import Journal
 from mlops_ray.metadata.records import Lease, NewEvent, Write
 
@@ -92,6 +92,16 @@ def test_close_writes_what_is_queued() -> None:
     journal.write(*(event(number) for number in range(5000)))
     journal.close()
     assert [write.data["n"] for write in written] == list(range(5000))
+
+
+def test_nothing_is_taken_that_would_not_be_written() -> None:
+    journal = Journal(lambda writes, fence: None, None)
+    journal.write(event(0))
+    journal.close()
+    journal.flush()
+    with pytest.raises(LedgerError, match="closed"):
+        journal.write(event(1))
+    journal.flush()
 
 
 @pytest.fixture

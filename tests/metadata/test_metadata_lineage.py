@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from metadata.lineage_world import INPUTS, World
 
 from mlops_ray.errors import MlopsRayError
+from mlops_ray.metadata.database import Database
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.lineage import Lineage, Node, build, read_lineage
@@ -66,6 +67,50 @@ def test_a_key_made_under_other_names_of_steps_still_joins_by_digest() -> None:
     parts = world.parts[str(records["training_set"].key)]
     parts["inputs"] = {"tables": {"step": "elsewhere/clean", "digest": clean.digest}}
     assert f"artifact:{run}/clean" in lineage(world).up[f"step:{run}/training_set"]
+
+
+def test_a_key_made_where_another_step_had_that_name_joins_by_digest() -> None:
+    world = World()
+    run = world.day(0)
+    world.day(1)
+    records = {step.name: step for step in world.steps if step.run_id == run}
+    clean = records["clean"].output
+    assert clean is not None
+    # Another run has an equal output: what this run has itself comes first.
+    world.steps = [
+        s.model_copy(update={"output": clean}) if s.run_id != run and s.name == "split" else s
+        for s in world.steps
+    ]
+    parts = world.parts[str(records["training_set"].key)]
+    parts["inputs"] = {"tables": {"step": "extract", "digest": clean.digest}}
+    above = lineage(world).up[f"step:{run}/training_set"]
+    assert [node for node in above if node.startswith("artifact:")] == [f"artifact:{run}/clean"]
+    # A part has a digest of its own.
+    parts["inputs"] = {"tables": {"step": "extract", "part": ["a"], "digest": "0" * 64}}
+    assert f"artifact:{run}/extract" in lineage(world).up[f"step:{run}/training_set"]
+
+
+def test_the_number_of_queries_does_not_grow_with_the_runs(home: Home) -> None:
+    database = Database(home.ledger_url)
+    ledger = Ledger(database)
+    asked: list[str] = []
+    plain = database.read
+    database.read = lambda query, *given: (asked.append(query), plain(query, *given))[1]  # type: ignore[method-assign]
+    world = World()
+    counts = []
+    for number in range(3):
+        run_id = world.day(number)
+        ledger.start_run(world.runs[-1], [])
+        steps = [step for step in world.steps if step.run_id == run_id]
+        ledger.apply(
+            StepChange(run_id=run_id, name=s.name, values={"status": s.status, "key": s.key})
+            for s in steps
+        )
+        asked.clear()
+        read_lineage(ledger)
+        counts.append(len(asked))
+    ledger.close()
+    assert counts[0] == counts[2]
 
 
 def test_versions_of_a_view_follow_each_other_unless_a_step_says_how() -> None:

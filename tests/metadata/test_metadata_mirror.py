@@ -6,16 +6,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from faults import kill_mirror
+from hypothesis import given
+from hypothesis import strategies as st
 from metadata.mirror_world import NOON, add_run, check
 
 from mlops_ray.errors import MlopsRayError
+from mlops_ray.metadata import mirror as mirroring
 from mlops_ray.metadata import tracking
+from mlops_ray.metadata.artifacts import open_artifacts
 from mlops_ray.metadata.home import Home, Storage
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.mirror import mirror
-from mlops_ray.metadata.records import StepChange
+from mlops_ray.metadata.records import NewKey, StepChange
+from mlops_ray.metadata.tracking_view import _fit
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,97 @@ def test_a_run_that_was_resumed_is_shown_as_it_is_now(home: Home, client: Any) -
     ledger.finish_run(run_id, "succeeded")
     assert mirror(home) == 1
     assert check(home) == 7
+
+
+def test_a_run_that_is_resumed_while_it_is_mirrored_is_mirrored_again(
+    home: Home, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = add_run(home, 1)
+    ledger = Ledger(home.ledger_url)
+    plain = mirroring._Mirror.write
+
+    def write(self: Any, run: Any) -> None:
+        plain(self, run)
+        ledger.resume_run(run_id, "host:9:9", {"commit": "def", "seed": 3})
+        ledger.finish_run(run_id, "cancelled")
+
+    monkeypatch.setattr(mirroring._Mirror, "write", write)
+    assert mirror(home) == 1
+    monkeypatch.undo()
+    assert mirror(home) == 1
+    assert check(home) == 7
+    assert mirror(home) == 0
+
+
+def test_one_run_that_mlflow_refuses_does_not_hold_up_others(
+    home: Home, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    refused, good = add_run(home, 1), add_run(home, 2)
+    plain = mirroring._Mirror.write
+
+    def write(self: Any, run: Any) -> None:
+        if run.run_id == refused:
+            raise MlflowException.invalid_parameter_value("no")
+        plain(self, run)
+
+    monkeypatch.setattr(mirroring._Mirror, "write", write)
+    with pytest.raises(MlflowException, match="no"):
+        mirror(home)
+    ledger = Ledger(home.ledger_url)
+    assert [run.run_id for run in ledger.unmirrored()] == [refused]
+    assert [e.run_id for e in ledger.events(kind="mirrored")] == [good]
+    monkeypatch.undo()
+    assert mirror(home) == 1
+    assert check(home) == 14
+
+
+@given(st.text(max_size=300) | st.text("./ a", max_size=12))
+def test_every_name_is_made_into_one_that_mlflow_takes(name: str) -> None:
+    from mlflow.utils.validation import _validate_metric, _validate_param
+
+    fit = _fit(name)
+    _validate_metric(fit, 1.0, 0, 0)
+    _validate_param(fit, "1")
+    assert _fit(fit) == fit
+
+
+def test_names_that_are_good_stay() -> None:
+    assert [_fit(name) for name in ("loss/train", "a.b: c-d_e", "loss//train", "../x", "")] == [
+        "loss/train",
+        "a.b: c-d_e",
+        "loss/train",
+        "__/x",
+        "_",
+    ]
+
+
+def test_datasets_are_those_that_the_step_read_under_whatever_name(home: Home, client: Any) -> None:
+    run_id = add_run(home, 0, steps=2)
+    ledger, artifacts = Ledger(home.ledger_url), open_artifacts(home)
+    other = artifacts.put(pa.table({"other": [1]}))
+    read = ledger.steps(run_id)[0].output
+    assert read is not None
+    parts = {"inputs": {"data": {"step": "step2", "digest": read.digest}}}
+    ledger.apply(
+        [
+            StepChange(
+                run_id=run_id, name="step2", values={"status": "succeeded", "output": other}
+            ),
+            StepChange(run_id=run_id, name="step1", values={"status": "succeeded", "key": "k"}),
+            NewKey(key="k", parts=parts),
+        ]
+    )
+    mirror(home)
+    experiment = client.get_experiment_by_name("shop").experiment_id
+    found = {run.info.run_name: run for run in client.search_runs([experiment])}
+    names = {
+        given.dataset.name
+        for given in found["step1"].inputs.dataset_inputs
+        if given.tags[0].value == "input"
+    }
+    assert names == {"step0"}
 
 
 def test_it_goes_on_from_wherever_it_was_cut_off(

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlops_ray.cli.gc import gc, size_text
-from mlops_ray.errors import MlopsRayError
+from mlops_ray.errors import ArtifactError, MlopsRayError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore, open_artifacts
+from mlops_ray.metadata.belonging import claim
 from mlops_ray.metadata.digest import digest_json
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
@@ -30,6 +31,7 @@ from mlops_ray.metadata.retention import (
     needed,
     pin,
     pins_of,
+    recall,
     upstream,
 )
 
@@ -64,6 +66,8 @@ def memories(draw: st.DrawFn) -> list[Memory]:
 
 
 def _memory(chance: random.Random, number: int) -> Memory:
+    # Another workflow that made the same keys first calls its steps by other names.
+    prefix = chance.choice(["", "", "nightly/"])
     ended = None if chance.random() < 0.1 else NOW - timedelta(days=chance.choice([1, 29, 31, 300]))
     changes = ref(f"changes{number}").model_dump() if chance.random() < 0.3 else None
     record = run(f"run{number}", ended, chance.choice(["train", "loop"]), changes=changes)
@@ -72,8 +76,13 @@ def _memory(chance: random.Random, number: int) -> Memory:
         name, key = f"s{index}", f"{number}/{index}" if chance.random() < 0.9 else None
         output = ref(f"artifact{chance.randrange(12)}") if chance.random() < 0.8 else None
         steps.append(_step(record, name, key, output))
-        sources = [f"s{other}" for other in range(index) if chance.random() < 0.4]
-        inputs = {source: {"step": source, "digest": "?"} for source in sources}
+        sources = [s for s in steps if s.item < 0 and s.output and chance.random() < 0.4]
+        inputs = {
+            s.name: {"step": f"{prefix}{s.name}", "digest": s.output.digest if s.output else ""}
+            for s in sources
+        }
+        if chance.random() < 0.05:
+            inputs["lost"] = {"step": "s0", "digest": "?"}
         if key is not None and chance.random() < 0.9:
             parts[key] = {"inputs": inputs | {"seed": {"config": 1}}}
         if chance.random() < 0.2:
@@ -105,16 +114,20 @@ def brute_force(memory: Memory, step: str) -> set[str]:
     """All steps from which a chain of inputs leads to a step, by trying all pairs again and again."""
     names = {s.name for s in memory.steps}
     keys = {s.name: s.key for s in memory.steps if s.item < 0}
+    gave = {s.name: s.output.digest if s.output else "" for s in memory.steps if s.item < 0}
     found = {step}
     while True:
         if any(memory.parts.get(keys[name] or "") is None for name in found):
             return names
-        more = {
-            source
+        read = {
+            said["digest"]
             for name in found
-            for source in memory.parts[keys[name] or ""]["inputs"]
-            if source in names
+            for said in memory.parts[keys[name] or ""]["inputs"].values()
+            if "digest" in said
         }
+        if not read <= set(gave.values()):
+            return names
+        more = {name for name, digest in gave.items() if digest in read}
         if more <= found:
             return found
         found |= more
@@ -169,6 +182,24 @@ def test_upstream_is_the_closure_of_the_inputs(memories: list[Memory]) -> None:
             assert upstream(memory, step.name) == brute_force(memory, step.name)
 
 
+def test_of_a_part_of_an_output_the_name_counts_where_the_other_names_hold() -> None:
+    old = run("old", NOW)
+    steps = [_step(old, n, n, ref(n)) for n in ("data", "fit", "other", "register")]
+    whole = {"step": "fit", "digest": ref("fit").digest}
+    part = {"step": "data", "part": "versions", "value": 3}
+    parts: dict[str, Any] = {name: {"inputs": {}} for name in ("data", "fit", "other")}
+
+    def reached(*inputs: dict[str, Any]) -> set[str]:
+        told = parts | {"register": {"inputs": dict(zip("abc", inputs, strict=False))}}
+        return upstream(Memory(old, steps, [], told), "register")
+
+    every = {"data", "fit", "other", "register"}
+    assert reached(whole, part) == every - {"other"}
+    assert reached(part | {"step": "nightly/data"}) == every
+    assert reached(whole | {"step": "nightly/fit"}, part) == every
+    assert reached(whole | {"step": "nightly/fit"}) == {"fit", "register"}
+
+
 def test_a_version_that_was_deleted_needs_nothing_and_one_without_a_link_needs_its_run() -> None:
     old = run("old", NOW - timedelta(days=300))
     steps = [_step(old, "fit", "k", ref("model")), _step(old, "report", "l", ref("report"))]
@@ -198,10 +229,10 @@ def record(ledger: Ledger, run_id: str, outputs: dict[str, ArtifactRef], days_ag
     """Write a run that ended some days ago; each step needs the one before."""
     ended = datetime.now(UTC) - timedelta(days=days_ago)
     ledger.start_run(run(run_id, ended).model_copy(update={"ended_at": ended}), [*outputs])
-    before: str | None = None
+    before: tuple[str, ArtifactRef] | None = None
     for name, output in outputs.items():
         key = f"{run_id}/{name}"
-        inputs = {"data": {"step": before, "digest": "?"}} if before else {}
+        inputs = {"data": {"step": before[0], "digest": before[1].digest}} if before else {}
         values = {"status": "succeeded", "key": key, "output": output}
         ledger.apply(
             [
@@ -209,7 +240,7 @@ def record(ledger: Ledger, run_id: str, outputs: dict[str, ArtifactRef], days_ag
                 NewKey(key=key, parts={"inputs": inputs}),
             ]
         )
-        before = name
+        before = (name, output)
 
 
 def age(artifacts: ArtifactStore, days: float = 5) -> None:
@@ -290,15 +321,19 @@ def test_pins_are_kept_until_they_are_taken_back(artifacts: ArtifactStore, ledge
     one, two = artifacts.put("one"), artifacts.put("two")
     record(ledger, "old", {"a": one}, days_ago=100)
     age(artifacts)
-    pin(ledger, "old")
-    pin(ledger, two.digest)
+    pin(ledger, artifacts, "old")
+    pin(ledger, artifacts, two.digest)
     assert pins_of(ledger) == {"old", two.digest}
     policy = Policy(keep_runs=0)
     assert gone(artifacts, ledger, policy) == set()
-    pin(ledger, "old", remove=True)
+    pin(ledger, artifacts, "old", remove=True)
     assert gone(artifacts, ledger, policy) == {one.digest}
     with pytest.raises(MlopsRayError, match="neither a run nor"):
-        pin(ledger, "nonsense")
+        pin(ledger, artifacts, "nonsense")
+    with pytest.raises(MlopsRayError, match="neither a run nor"):
+        pin(ledger, artifacts, "f" * 64)
+    with pytest.raises(MlopsRayError, match="not pinned"):
+        pin(ledger, artifacts, "old", remove=True)
 
 
 def test_drafts_of_the_dead_are_swept_and_those_of_the_living_stay(
@@ -334,6 +369,83 @@ def test_checkpoints_of_runs_that_are_over_go(home: Home) -> None:
     ]
     remove_leftovers(found)
     assert len(list(home.training.iterdir())) == 3
+
+
+def test_what_killed_reproductions_left_goes(home: Home) -> None:
+    for name, days in (("dead", 5), ("alive", 5), ("new", 0)):
+        (home.reproductions / name / "home").mkdir(parents=True)
+        (home.reproductions / name / "home/file").write_bytes(b"123")
+        moment = NOW.timestamp() - days * 86400
+        for path in [*(home.reproductions / name).rglob("*"), home.reproductions / name]:
+            os.utime(path, (moment, moment))
+    os.utime(home.reproductions / "alive/home/file", (NOW.timestamp(), NOW.timestamp()))
+    found = find_leftovers(home, [], POLICY, NOW)
+    assert [(leftover.path.name, leftover.size) for leftover in found] == [("dead", 3)]
+
+
+def test_a_corrupt_list_stops_the_collection(artifacts: ArtifactStore, ledger: Ledger) -> None:
+    parts = artifacts.put_list([artifacts.put({"part": number}) for number in range(3)])
+    record(ledger, "old", {"parts": parts}, days_ago=100)
+    pin(ledger, artifacts, "old")
+    age(artifacts)
+    path = artifacts.path(parts.digest)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"json", b"tree"))
+    with pytest.raises(ArtifactError, match="a list of artifacts is corrupt"):
+        make_plan(ledger, artifacts, Policy(keep_runs=0))
+    path.unlink()
+    plan = make_plan(ledger, artifacts, Policy(keep_runs=0))
+    assert [verdict.kept for verdict in plan] == [False] * 3
+
+
+def test_a_ledger_that_is_not_the_stores_collects_nothing(
+    home: Home, artifacts: ArtifactStore, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLOPS_RAY_HOME", str(home.root))
+    old = artifacts.put("x")
+    record(ledger, "old", {"a": old}, days_ago=100)
+    age(artifacts)
+    options = ["--keep-runs", "0", "--dry-run"]
+
+    def said() -> str:
+        return str(CliRunner().invoke(gc, options).exception or "")
+
+    other = f"sqlite:///{home.root / 'other.db'}"
+    assert said() == ""
+    for marked in (False, True):
+        monkeypatch.setenv("MLOPS_RAY_LEDGER", other)
+        assert "is not this ledger's" in said()
+        monkeypatch.delenv("MLOPS_RAY_LEDGER")
+        claim(artifacts, "old")
+        assert said() == "", marked
+    record(Ledger(other), "another", {"a": old}, days_ago=100)
+    monkeypatch.setenv("MLOPS_RAY_LEDGER", other)
+    assert "the ledger that has run old" in said()
+    claim(artifacts, "another")
+    assert artifacts.blobs.owner() == "old"
+    monkeypatch.setenv("MLOPS_RAY_HOME", str(home.root / "elsewhere"))
+    monkeypatch.delenv("MLOPS_RAY_LEDGER")
+    (home.root / "elsewhere/artifacts").mkdir(parents=True)
+    assert "nothing has run here" in said()
+
+
+def test_all_is_read_by_a_number_of_queries_that_does_not_grow(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        record(ledger, f"run{number}", {"a": ref("a"), "b": ref("b")}, days_ago=1)
+        model = Link(run_id=f"run{number}", step="b", direction="writes", kind="model", name="m@1")
+        ledger.apply([model])
+    backend = ledger._backend
+    asked: list[str] = []
+    real = backend.read
+    monkeypatch.setattr(
+        backend, "read", lambda query, *a: (asked.append(query), real(query, *a))[1]
+    )
+    found = recall(ledger)
+    assert len(found) == 5
+    assert all(set(memory.parts) >= {f"{memory.run.run_id}/b"} for memory in found)
+    assert len(asked) == len(set(asked))
 
 
 def test_the_verb_explains_and_then_does(

@@ -199,6 +199,38 @@ def test_large_files_are_not_kept_but_taken_where_they_are_unchanged(
         make_source(recorded, artifacts, repository, tmp_path / "again")
 
 
+def test_what_git_cannot_say_is_not_called_clean(
+    repository: Path, artifacts: ArtifactStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (repository / "flights/model.py").write_text("x = 2\n")
+    (repository / ".gitattributes").write_text("*.bin filter=gone\n")
+    _git(repository, "config", "filter.gone.required", "true")
+    _git(repository, "config", "filter.gone.clean", "no-such-program")
+    (repository / "bytes.bin").write_bytes(b"other")
+    recorded = collect(repository, "c", 7, artifacts)
+    assert (recorded["dirty_digest"], recorded["changes"]) == (None, None)
+    assert "git cannot say what is not committed" in caplog.text
+    with pytest.raises(MlopsRayError, match="nobody knows whether"):
+        make_source(recorded, artifacts, repository, tmp_path / "then")
+
+
+def test_untracked_programs_and_links_come_back(
+    repository: Path, artifacts: ArtifactStore, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (repository / "tool.sh").write_text("#!/bin/sh\n")
+    (repository / "tool.sh").chmod(0o755)
+    (repository / "plain.txt").write_text("")
+    (repository / "flights/data").symlink_to(tmp_path / "elsewhere")
+    (repository / "nowhere").symlink_to("nothing")
+    recorded = collect(repository, "c", 7, artifacts)
+    then = make_source(recorded, artifacts, repository, tmp_path / "then")
+    assert os.access(then / "tool.sh", os.X_OK)
+    assert not (then / "plain.txt").stat().st_mode & 0o111
+    assert (then / "flights/data").readlink() == tmp_path / "elsewhere"
+    assert (then / "nowhere").readlink() == Path("nothing")
+
+
 def test_packages_are_those_that_python_knows() -> None:
     known: dict[str, str] = {}
     for found in importlib.metadata.distributions():

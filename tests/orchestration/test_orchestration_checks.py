@@ -45,6 +45,14 @@ class Pair(NamedTuple):
 class Row(TypedDict):
     a: int
 
+class Wide(BaseModel):
+    x: int
+    y: int
+
+class Narrow(BaseModel):
+    x: int
+    z: int = 0
+
 @dataclasses.dataclass
 class Point:
     x: float
@@ -60,6 +68,13 @@ def pair() -> Pair: ...
 def row() -> Row: ...
 def point() -> Point: ...
 def number() -> int: ...
+def nothing() -> None: ...
+def both() -> tuple[pa.Table, Report]: ...
+def wide() -> Wide: ...
+def narrow() -> Narrow: ...
+def take_wide(x: Wide) -> int: ...
+def take_narrow(x: Narrow) -> int: ...
+async def later() -> int: ...
 def ratio() -> float: ...
 def text() -> "str": ...
 def numbers() -> list[int]: ...
@@ -176,7 +191,7 @@ silent gate
 """
 NEVER = """
 table path; table int; table report; path table; path str; report table; report int;
-number table; number str; ratio int; text int; text float; numbers int; numbers texts;
+number table; number str; text int; text float; numbers int; numbers texts;
 texts numbers; number numbers; mapping numbers; numbers mapping; report point; text either;
 path either; tables numbers; number path; report numbers; mapping table; gate report;
 report gate; shown gate; aliased table; number gate; ratio mode
@@ -434,3 +449,38 @@ def test_a_nested_part_that_is_switched_off_is_warned_of_with_all_that_needs_it(
     ]
     steps = {"one": {"uses": "number", "when": "$inputs.on"}}
     assert not nested(inner | {"steps": steps}).warnings
+
+
+def test_a_step_that_others_wait_for_or_that_returns_nothing_is_used() -> None:
+    last = {"uses": "take_any", "with": {"x": 1}, "after": ["number"]}
+    assert not problems({"result": "$last"}, number={}, nothing={}, last=last)
+
+
+def test_what_pydantic_may_convert_is_a_warning() -> None:
+    for given, taken in (("ratio", "int"), ("wide", "narrow")):
+        assert not problems(**edge(given, taken))
+        assert "it may not fit" in warnings(**edge(given, taken))
+    assert "workflow.steps.taken.with.x" in problems(**edge("narrow", "wide"))
+
+
+def test_parts_of_a_tuple_have_the_kinds_of_their_positions() -> None:
+    taken = {"uses": "take_table", "with": {"x": "$both.0"}, "mode": "effect"}
+    assert not check(both={}, taken=dict(taken)).warnings
+    wrong = taken | {"with": {"x": "$both.1"}}
+    assert "$both.1 is Report, and" in problems(both={}, taken=dict(wrong))
+    none = taken | {"with": {"x": "$both.2"}}
+    assert "has no part '2'" in problems(both={}, taken=dict(none))
+
+
+def test_an_asynchronous_step_is_a_problem() -> None:
+    assert "is asynchronous" in problems(later={"mode": "effect"})
+
+
+def test_a_folder_given_as_a_path_is_warned_of(project: Path) -> None:
+    def found(path: Path, mode: str = "pure") -> str:
+        step = {"uses": "take_path", "with": {"x": str(path)}, "mode": mode}
+        return warnings(taken=step)
+
+    assert "what the folder holds does not count" in found(project)
+    assert "folder" not in found(project / "steps.py")
+    assert "folder" not in found(project, "effect")

@@ -136,3 +136,10 @@ def test_a_dotted_name_may_declare_the_workflow_of_a_configuration() -> None:
     assert values["steps"]["load"]["with"] == {"path": "7.csv"}
     with pytest.raises(MlopsRayError, match="declares no workflow"):
         declared_by(f"{STEPS}.NOTHING", {})
+
+
+def test_an_output_has_no_truth_yet() -> None:
+    with workflow("w") as made:
+        table = made.step("load", steps.load, path="a.csv")
+        with pytest.raises(TypeError, match="not known yet"):
+            bool(table.passed)

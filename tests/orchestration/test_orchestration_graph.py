@@ -187,3 +187,34 @@ def test_references_select_parts_and_leave_other_text_alone() -> None:
     assert references.Reference("a", ("b", "0")).select({"b": [7]}) == 7
     with pytest.raises(KeyError):
         references.Reference("a", ("c",)).select({"b": 1})
+
+
+@pytest.mark.parametrize("text", ["$lod-data", "$first[0]", "$first.val-loss", "$first/data.csv"])
+def test_what_begins_like_a_reference_and_is_none_is_a_problem(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a reference") as caught:
+        build(workflow(first={}, second={"with": {"x": {"deep": [text]}}}))
+    assert f"${text}" in str(caught.value)
+    assert build(workflow(first={}, second={"with": {"x": f"${text}", "y": "$5"}}))
+
+
+def test_defaults_of_inputs_and_outputs_are_references_or_plain_too() -> None:
+    values = {"name": "w", "steps": {"first": {"uses": "a.b.c"}}}
+    for more in ({"inputs": {"x": ["$a-b"]}}, {"outputs": {"x": "$first.a-b"}}):
+        with pytest.raises(ConfigError, match="is not a reference"):
+            build(Workflow.model_validate(values | more))
+
+
+def test_a_reference_inside_a_given_dict_is_one_for_parts_and_conditions() -> None:
+    step = {"uses": "a.b.c", "when": "$inputs.c.go == false", "with": {"x": "$inputs.c.go.deep"}}
+    inner = {"name": "n", "inputs": {"c": None}, "steps": {"s": step}}
+    nested_in = {"workflow": inner, "with": {"c": {"go": "$gate.passed"}}}
+    steps = {"gate": {"uses": "a.b.c"}, "n": nested_in}
+    graph = build(Workflow.model_validate({"name": "w", "steps": steps}))
+    assert graph.step("n/s").inputs == {"x": "$gate.passed.deep"}
+    assert [str(condition) for condition in graph.conditions("n/s")] == ["$gate.passed == false"]
+    assert graph.needs["n/s"] == {"gate"}
+
+
+def test_a_digit_that_is_no_number_selects_nothing() -> None:
+    with pytest.raises(KeyError):
+        references.select([1], ("²",))

@@ -13,7 +13,7 @@ from mlops_ray.config.workflow import Step
 from mlops_ray.metadata.artifacts import ArtifactRef, open_artifacts
 from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration.keys import StepKey, code_digest, item_key
-from mlops_ray.orchestration.resolution import element_digest, elements_of, key_of
+from mlops_ray.orchestration.resolution import arguments_of, element_digest, elements_of, key_of
 
 NAME = "keyed_project"
 
@@ -107,6 +107,33 @@ def test_the_declared_environment_counts(bench: Bench, monkeypatch: pytest.Monke
     assert "secret" not in str(variables.parts)
 
 
+@pytest.mark.parametrize("name", ["pip", "uv", "py_modules", "working_dir"])
+def test_what_the_files_of_a_runtime_environment_hold_counts(
+    bench: Bench, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    file = folder / "requirements.txt"
+    path = str(file if name in ("pip", "uv") else folder)
+    runtime = {name: [path] if name == "py_modules" else path}
+    keys = []
+    for text in ("numpy==1", "numpy==2", "numpy==1"):
+        file.write_text(text)
+        keys.append(bench.key(environment={"runtime": runtime}).key)
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]
+
+
+def test_variables_of_a_runtime_environment_count_and_are_not_shown(bench: Bench) -> None:
+    one, other = (
+        bench.key(environment={"runtime": {"env_vars": {"TOKEN": value}}})
+        for value in ("s3cr3t", "changed")
+    )
+    assert one.key != other.key
+    assert set(one.parts["environment"]["runtime"]["env_vars"]) == {"TOKEN"}
+    assert "s3cr3t" not in str(one.parts)
+
+
 def test_resources_and_retries_do_not_count(bench: Bench) -> None:
     assert bench.key().key == bench.key(resources={"num_cpus": 2}, retries=3, priority=7).key
 
@@ -135,3 +162,63 @@ def test_code_named_by_the_inputs_counts(root: Path) -> None:
     assert before != code_digest(f"{NAME}.steps.go", None, [NAME])
     (root / "other.py").write_text("X = 2\n")
     assert code_digest(f"{NAME}.steps.go", inputs, [NAME]) != before
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [f"{NAME}.other:X", {f"{NAME}.other.X": 1}, f"score by {NAME}.other.X, twice"],
+)
+def test_names_in_keys_and_in_longer_text_count(root: Path, inputs: Any) -> None:
+    before = code_digest(f"{NAME}.steps.go", inputs, [NAME])
+    (root / "other.py").write_text("X = 22\n")
+    assert code_digest(f"{NAME}.steps.go", inputs, [NAME]) != before
+
+
+def test_a_file_that_a_pure_step_is_given_as_a_path_counts(bench: Bench, root: Path) -> None:
+    (root / "steps.py").write_text(
+        "from pathlib import Path\ndef go(path: Path, more: list[Path], name: str): return 1\n"
+    )
+    file = root / "orders.csv"
+
+    def keys() -> list[str]:
+        inputs = ({"path": str(file)}, {"more": [str(file)]}, {"name": str(file)})
+        made = [bench.key(**given(**i)).key for i in inputs]
+        return [*made, bench.key(**given(path=str(file)), mode="effect").key]
+
+    file.write_text("1")
+    before = keys()
+    file.write_text("22")
+    changed = [one != other for one, other in zip(before, keys(), strict=True)]
+    assert changed == [True, True, False, False]
+
+
+def test_files_of_the_runtime_environment_count_and_its_variables_stay_secret(
+    bench: Bench, tmp_path: Path
+) -> None:
+    requirements, library = tmp_path / "requirements.txt", tmp_path / "library"
+    (library / "__pycache__").mkdir(parents=True)
+
+    def keys() -> list[str]:
+        runtimes: list[dict[str, Any]] = [
+            {"pip": str(requirements)},
+            {"uv": {"packages": [f"-r {requirements}"]}},
+            {"py_modules": [str(library)]},
+        ]
+        return [bench.key(environment={"runtime": runtime}).key for runtime in runtimes]
+
+    for text in ("a==1", "a==2.0"):
+        requirements.write_text(text)
+        (library / "code.py").write_text(text)
+        before, again = keys() if text == "a==1" else before, keys()
+    assert all(one != other for one, other in zip(before, again, strict=True))
+    (library / "__pycache__" / "code.pyc").write_text("made at import")
+    assert keys() == again
+    secret = bench.key(environment={"runtime": {"env_vars": {"TOKEN": "s3cr3t"}}})
+    other = bench.key(environment={"runtime": {"env_vars": {"TOKEN": "s3cr3ts"}}})
+    assert "s3cr3t" not in str(secret.parts)
+    assert secret.key != other.key
+
+
+def test_an_escaped_dollar_reaches_the_function_as_one(bench: Bench) -> None:
+    step = Step.model_validate({"uses": "a.b", "with": {"text": "$$HOME", "deep": ["$$a"]}})
+    assert arguments_of(step, {}, bench.artifacts) == {"text": "$HOME", "deep": ["$a"]}

@@ -18,7 +18,7 @@ from orchestration.test_orchestration_once import Stage, answer_of, stage, wait_
 from mlops_ray.errors import LeaseError, LedgerError, WorkflowError
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.ledger import Ledger
-from mlops_ray.metadata.records import NewEvent
+from mlops_ray.metadata.records import Lease, NewEvent
 from mlops_ray.orchestration import ownership
 from mlops_ray.orchestration.ownership import Keeper, is_gone, owner_name, take
 
@@ -50,6 +50,25 @@ def test_a_process_is_known_to_be_dead_only_on_its_own_machine() -> None:
 def test_the_lease_of_a_dead_process_is_taken_at_once(ledger: Ledger) -> None:
     held = ledger.acquire("w", owner_of_a_dead_process(), 3600)
     assert take(ledger, "w").token == held.token + 1
+
+
+def test_of_two_that_find_a_dead_owner_the_slower_leaves_the_faster_alone(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.acquire("p/w/1", owner_of_a_dead_process(), 3600)
+    faster: list[Lease] = []
+
+    def gone(owner: str) -> bool:
+        found = is_gone(owner)
+        if found and not faster:
+            monkeypatch.setattr(ownership, "is_gone", is_gone)
+            faster.append(take(ledger, "p/w/1"))
+        return found
+
+    monkeypatch.setattr(ownership, "is_gone", gone)
+    with pytest.raises(WorkflowError, match="is being run already"):
+        take(ledger, "p/w/1")
+    ledger.renew(faster[0], 15)
 
 
 def test_a_living_process_keeps_its_lease_even_in_this_process(ledger: Ledger) -> None:
@@ -95,7 +114,7 @@ def test_a_keeper_renews_and_tells_when_it_has_lost(
     assert held is not None
     assert held.expires_at > lease.expires_at
     assert not lost
-    ledger.acquire("w", "another", 15, force=True)
+    ledger.acquire("w", "another", 15, dead=lease)
     wait_for(lambda: len(lost) == 1)
     assert isinstance(lost[0], LeaseError)
     keeper.close()
@@ -126,6 +145,21 @@ def test_a_ledger_that_is_away_for_long_is_a_lost_lease_for_a_moment_it_is_not(
     assert not lost
     failing.set()
     wait_for(lambda: len(lost) == 1)
+    keeper.close()
+
+
+def test_a_keeper_that_fails_itself_says_so(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "_LOOK_EVERY_S", 0.05)
+    lost: list[LedgerError] = []
+
+    def look() -> None:
+        raise KeyError("nothing of ours")
+
+    keeper = Keeper(ledger, ledger.acquire("w", owner_name(), 15), lost=lost.append, look=look)
+    wait_for(lambda: len(lost) == 1)
+    assert "KeyError" in str(lost[0])
     keeper.close()
 
 
@@ -173,7 +207,7 @@ def test_a_driver_that_has_lost_its_run_stops_and_writes_nothing_more(
     thread.start()
     wait_for(lambda: bench.count("slept begun") == 1)
     instance = RunSpec.of(project, directory=bench.marks).instance
-    taken = bench.ledger.acquire(instance, "another", 60, force=True)
+    taken = bench.ledger.acquire(instance, "another", 60, dead=bench.ledger.lease(instance))
     thread.join(60)
     assert "taken over" in str(caught[0])
     (record,) = bench.ledger.runs()

@@ -160,6 +160,8 @@ def test_catching_up() -> None:
     assert "missed" in missed[0].skip
     prompt = due_times("t", schedule(catch_up="none"), since, now.replace(minute=0, second=20))
     assert [occasion.skip for occasion in prompt] == [""]
+    late = due_times("t", schedule(catch_up="none"), since, now.replace(minute=1, second=20))
+    assert [occasion.skip for occasion in late] == [""]
     assert due_times("t", schedule(), now, now + MINUTE) == []
 
 

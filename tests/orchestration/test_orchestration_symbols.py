@@ -246,3 +246,80 @@ def _generate(
             file.write_text(text)
     door = "\n".join(f"from .m{places[i]} import f{i}" for i in range(size)) + "\n"
     (root / "door.py").write_text(door)
+
+
+@pytest.mark.parametrize(
+    ("files", "changed"),
+    [
+        (
+            {
+                "__init__.py": "from . import maths\n",
+                "maths.py": "def f(): return 1\n",
+                "steps.py": f"import {NAME}\ndef go(): return {NAME}.maths.f()\n",
+            },
+            "maths.py",
+        ),
+        (
+            {
+                "left.py": "from .right import *\ndef one(x): return len(x)\n",
+                "right.py": "from .left import *\ndef two(): return 1\n",
+                "steps.py": "from .left import *\ndef go(): return one(two())\n",
+            },
+            "right.py",
+        ),
+        (
+            {
+                "other.py": "def f(): return 0\n",
+                "steps.py": "def f(): return 1\ndef go():\n    def inner():\n"
+                "        from .other import f\n        return f()\n    return inner() + f()\n",
+            },
+            "steps.py",
+        ),
+        (
+            {
+                "steps.py": "class B: pass\nclass S(B):\n    def f(self): return 1\n"
+                "def go(): return [c().f() for c in B.__subclasses__()]\n"
+            },
+            "steps.py",
+        ),
+        (
+            {
+                "steps.py": "class B: pass\nclass S(B):\n    def f(self): return 1\n"
+                "def all_of(c): return c.__subclasses__()\n"
+                "def go(): return [c().f() for c in all_of(B)]\n"
+            },
+            "steps.py",
+        ),
+        (
+            {
+                "impl.py": "def f(): return 1\n",
+                "steps.py": "from importlib import import_module\n"
+                "def go(): return import_module('.impl', __package__).f()\n",
+            },
+            "impl.py",
+        ),
+        (
+            {
+                "steps.py": "import random\n_ = random.seed(len('return 1'))\n"
+                "def go(): return random.random()\n"
+            },
+            "steps.py",
+        ),
+    ],
+    ids=[
+        "package that imports its module",
+        "star imports in a ring",
+        "local import hides a name elsewhere",
+        "subclasses looked up outside the class",
+        "subclasses of what is not known",
+        "module beside this one by text",
+        "value that nobody wants",
+    ],
+)
+def test_what_a_review_found_unseen_counts(root: Path, files: dict[str, str], changed: str) -> None:
+    for file, text in files.items():
+        write(root, file, text)
+    before = code().digest
+    assert "return 1" in files[changed]
+    write(root, changed, files[changed].replace("return 1", "return 345"))
+    assert code().digest != before
