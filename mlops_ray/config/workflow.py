@@ -76,8 +76,8 @@ class Step(Frozen):
 
     ``map`` gives parameters one element at a time: ``{part: $parts}`` calls the function once for
     each element of the list that step ``parts`` returned (several parameters: lists of one length,
-    taken together). The step's output is the list of what the calls returned, in that order; at
-    most ``max_parallel`` of them run at once.
+    taken together), also for elements that are equal. The step's output is the list of what the
+    calls returned, in that order; at most ``max_parallel`` of them run at once.
 
     ``when`` is ``[not] $reference [operator literal]``, such as ``$gate.passed``, ``not $quiet`` or
     ``$report.auc >= 0.7``: where it does not hold the step is skipped, with all that need it.
@@ -103,7 +103,7 @@ class Step(Frozen):
     mode: Mode = "pure"
     idempotent: bool = True
     retries: Retries = Retries()
-    timeout: Duration | None = None
+    timeout: Duration | None = Field(default=None, gt=timedelta(0))
     resources: Resources = Resources()
     environment: Environment = Environment()
     group: str | None = Field(default=None, pattern=_NAME)

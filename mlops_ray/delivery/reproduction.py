@@ -126,8 +126,7 @@ def find_case(home: Home, reference: str, given: Collection[str] = ()) -> Case:
     recorded = {step.name: step for step in steps if step.output is not None}
     whole = build(Workflow.model_validate(run.config["workflow"]))
     facts = {n for n in whole.order if whole.step(n).mode != "pure"}
-    sources = [n for n in whole.order if n in inputs_of(whole, link.step)]
-    wanted = [n for n in sources if n not in facts]
+    wanted = [n for n in whole.order if n in inputs_of(whole, link.step) and n not in facts]
     if compared := sorted(set(given) & set(wanted)):
         raise WorkflowError(
             f"the output of step {compared[0]} is what has to come out again",

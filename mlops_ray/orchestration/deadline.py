@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 GRACE_S = 5.0
@@ -40,3 +41,18 @@ def limited(limit_s: float | None, log: TextIO) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
+
+
+def is_struck(log: Path, since: int) -> bool:
+    """Say whether a step's process was ended by its deadline, from its log.
+
+    Args:
+        log: The step's log.
+        since: How long it was, in bytes, before the step began.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(since)
+            return any(line.startswith(b"Timeout (") for line in file)
+    except OSError:
+        return False

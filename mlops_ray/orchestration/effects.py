@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mlops_ray.errors import WorkflowError
 from mlops_ray.metadata.ledger import Ledger
@@ -48,7 +49,7 @@ class Effects:
         if standing is None or standing.attempt != call.attempt:
             return None
         if not standing.over:
-            raise self.uncertain(work, call)
+            raise self.uncertain(work.name, call.item, call.attempt)
         mapped = call.item >= 0
         known = (
             self._ledger.items(self._run_id, work.name)
@@ -58,15 +59,39 @@ class Effects:
         found = (r for r in known if (r.name, r.item) == (work.name, call.item))
         return next((r for r in found if r.status == "succeeded" and r.output), None)
 
-    def uncertain(self, work: Work, call: Call) -> WorkflowError:
+    def uncertain(self, name: str, item: int, attempt: int) -> WorkflowError:
         """Record that nobody knows whether an effect happened; return the error that says so."""
-        error = once.uncertain(self._run_id, work.name, call.item)
+        error = once.uncertain(self._run_id, name, item)
+        return self._ask(name, item, error, "nobody knows whether it happened", attempt=attempt)
+
+    def lost(self, record: StepRecord) -> WorkflowError:
+        """Record that the output of an effect that happened is lost; return the error that asks."""
+        what = "step {step} has happened and must not run twice, but its output is lost"
+        why = "its artifact is missing or corrupt, and only the step itself could make it again"
+        error = once.uncertain(self._run_id, record.name, record.item, what=what, why=why)
+        return self._ask(record.name, record.item, error, "it happened, but its output is lost")
+
+    def remade(self, name: str, item: int, key: str) -> WorkflowError:
+        """Record that an effect that happened has other inputs now, although nobody has changed
+        anything; return the error that asks."""
+        what = "step {step} has happened and must not run twice, but its inputs are others now"
+        why = "a step before it ran once more and gave something else than before"
+        error = once.uncertain(self._run_id, name, item, what=what, why=why)
+        return self._ask(name, item, error, "it happened, but with other inputs", key=key)
+
+    def unresolved(self, record: StepRecord) -> WorkflowError:
+        """Return the error that asks once more about an effect on which nobody has decided yet."""
+        if record.error is None:
+            return once.uncertain(self._run_id, record.name, record.item)
+        return once.uncertain(
+            self._run_id, record.name, record.item, what=record.error, why=record.message or ""
+        )
+
+    def _ask(
+        self, name: str, item: int, error: WorkflowError, message: str, **values: Any
+    ) -> WorkflowError:
+        said = {"reason": message} | {k: v for k, v in values.items() if k == "attempt"}
         self._recorder.set(
-            work.name,
-            "uncertain",
-            item=call.item,
-            error=error.what,
-            message="nobody knows whether it happened",
-            said={"attempt": call.attempt},
+            name, "uncertain", item=item, error=error.what, message=message, said=said, **values
         )
         return error

@@ -150,6 +150,7 @@ class Executor:
             run.project,
             run.run_id,
             self._groups(),
+            self._spec.home,
             lambda ticket, answer: mailbox.put(Returned(ticket, answer)),
         )
         scheduler = self._scheduler(recorder, crew, mailbox, lease, earlier)
@@ -191,9 +192,11 @@ class Executor:
     ) -> Scheduler:
         graph, ledger, artifacts = self._graph, self._ledger, self._artifacts
         frontier = Frontier(graph, self._spec.given)
-        opener = Opener(self._spec, graph, frontier, recorder, ledger, artifacts, lease, earlier)
         standings = once.standings_in(ledger, recorder.run.run_id) if earlier else {}
         effects = Effects(ledger, recorder, standings)
+        opener = Opener(
+            self._spec, graph, frontier, recorder, ledger, artifacts, lease, earlier, effects
+        )
         return Scheduler(graph, frontier, opener, crew, recorder, mailbox, artifacts, effects)
 
     def _announce(self, recorder: Recorder, earlier: dict[str, StepRecord]) -> None:
@@ -203,7 +206,7 @@ class Executor:
             if name in self._graph.order:
                 recorder.set(name, "cached", output=output, message="given")
         for record in earlier.values():
-            left = record.status not in (*DONE, "pending")
+            left = record.status not in (*DONE, "pending", "uncertain")
             if left and record.name not in self._spec.given:
                 recorder.forget(record.name)
 

@@ -14,6 +14,8 @@ from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Lease, StepRecord
 from mlops_ray.orchestration import resolution
+from mlops_ray.orchestration.drift import Drift
+from mlops_ray.orchestration.effects import Effects
 from mlops_ray.orchestration.frontier import Frontier
 from mlops_ray.orchestration.graph import Graph
 from mlops_ray.orchestration.keys import StepKey, item_key
@@ -68,6 +70,7 @@ class Opener:
         artifacts: Where they are.
         fence: The lease under which workers may write.
         earlier: The steps of this run's earlier attempts, by name.
+        effects: Asks about effects that must not happen twice.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Opener:
         artifacts: ArtifactStore,
         fence: Lease,
         earlier: Mapping[str, StepRecord],
+        effects: Effects,
     ) -> None:
         self._spec = spec
         self._graph = graph
@@ -89,6 +93,8 @@ class Opener:
         self._artifacts = artifacts
         self._fence = fence
         self._earlier = earlier
+        self._effects = effects
+        self._drift = Drift(ledger, earlier)
         self._run_id = recorder.run.run_id
         self._reuse = Reuse(ledger, artifacts, self._say_corrupt)
 
@@ -112,7 +118,8 @@ class Opener:
 
     def _known(self, keys: Mapping[str, StepKey]) -> dict[str, StepRecord]:
         modes = {name: self._graph.step(name).mode for name in keys}
-        found = self._reuse.by_key({n: k.key for n, k in keys.items() if modes[n] == "pure"})
+        pure = {n: k.key for n, k in keys.items() if modes[n] == "pure"}
+        found = self._reuse.by_key(pure, self._earlier)
         for name, key in keys.items():
             record = self._earlier.get(name)
             if modes[name] == "effect" and record is not None and self._is_done(record, key):
@@ -139,18 +146,34 @@ class Opener:
 
     def _key(self, name: str) -> StepKey:
         outputs, packages = self._frontier.outputs, self._spec.packages
-        return key_in(self._graph, name, outputs, self._artifacts, packages)
+        key = key_in(self._graph, name, outputs, self._artifacts, packages)
+        self._drift.note(name, key)
+        return key
 
     def _is_done(self, record: StepRecord, key: StepKey) -> bool:
         # What a person has said was done is not done again because its code has changed since.
         same = record.key == key.key or record.message == SAID_DONE
-        return same and self._reuse.is_intact(record)
+        if same and self._reuse.is_intact(record):
+            return True
+        step = self._graph.step(record.name)
+        if not step.idempotent and (record.item >= 0 or not step.map):
+            self._enforce_once(record, key, same=same)
+        return False
+
+    def _enforce_once(self, record: StepRecord, key: StepKey, *, same: bool) -> None:
+        """Stop before an effect that has happened happens again, unless somebody wants it to."""
+        if record.status == "uncertain":
+            raise self._effects.unresolved(record)
+        if record.status in DONE and same:
+            raise self._effects.lost(record)
+        if record.status in DONE and self._drift.is_unasked(record.name):
+            raise self._effects.remade(record.name, record.item, key.key)
 
     def _take_over(
         self, name: str, item: int, record: StepRecord, before: StepRecord | None
     ) -> None:
         """Record an output that is known; what an earlier attempt has recorded so stays."""
-        if before is not None and before.status in DONE and before.key == record.key:
+        if before is not None and before.status in DONE and before.output == record.output:
             return
         self._recorder.set(
             name,
@@ -171,13 +194,14 @@ class Opener:
         job = self._job(name)
         self._recorder.key(key)
         before = self._earlier.get(name)
+        unasked = not step.idempotent and self._drift.is_unasked(name)
         if not step.map:
-            work = Work(name, step, key, job)
+            work = Work(name, step, key, job, unasked=unasked)
             work.earlier = {-1: before} if before is not None else {}
             return work
         elements = resolution.elements_of(step, self._frontier.outputs, self._artifacts)
         keys = [item_key(key, _digests(call)) for call in elements]
-        work = Work(name, step, key, job, elements, keys)
+        work = Work(name, step, key, job, elements, keys, unasked=unasked)
         calls = self._ledger.items(self._run_id, name) if before is not None else []
         work.earlier = {call.item: call for call in calls}
         work.known(self._known_calls(work))
@@ -186,7 +210,7 @@ class Opener:
     def _known_calls(self, work: Work) -> dict[int, ArtifactRef]:
         before, found = work.earlier, dict[int, StepRecord]()
         if work.step.mode == "pure":
-            found = self._reuse.by_key({item: key.key for item, key in enumerate(work.keys)})
+            found = self._reuse.by_key({i: key.key for i, key in enumerate(work.keys)}, before)
         elif work.step.mode == "effect":
             pairs = ((item, before.get(item), key) for item, key in enumerate(work.keys))
             found = {i: call for i, call, key in pairs if call and self._is_done(call, key)}

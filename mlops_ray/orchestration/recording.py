@@ -94,6 +94,39 @@ class Recorder:
         """Keep what a key was made of."""
         self.write(NewKey(key=key.key, parts=key.parts))
 
+    def started(
+        self, name: str, item: int, key: StepKey, message: str | None, **attempt: int
+    ) -> None:
+        """Say that a call runs."""
+        self.set(
+            name,
+            "running",
+            item=item,
+            key=key.key,
+            started_at=datetime.now(UTC),
+            ended_at=None,
+            error=None,
+            message=message,
+            said=attempt,
+            **attempt,
+        )
+
+    def failed(self, name: str, item: int, error: str, said: dict[str, Any]) -> None:
+        """Say that a call has failed for good, and with it its step."""
+        ended: dict[str, Any] = {"ended_at": datetime.now(UTC), "error": error, "said": said}
+        self.set(name, "failed", item=item, message=error, **ended)
+        if item >= 0:
+            self.set(name, "failed", message=f"call {item}: {error}", **ended)
+
+    def cut_off(self, status: StepStatus, calls: set[tuple[str, int]], left: set[str]) -> None:
+        """Say what becomes of the steps and calls that were cut off, but for those ``left`` running."""
+        for name, step in self.steps.items():
+            if step.status == "running" and name not in left:
+                self.set(name, status, message="interrupted")
+        for name, item in sorted(calls):
+            if item >= 0:
+                self.set(name, status, item=item, message="interrupted")
+
     def forget(self, name: str) -> None:
         """Take back how an earlier attempt at the run left a step: it waits again."""
         values = {"status": "pending", "message": None, "error": None, "ended_at": None}

@@ -16,7 +16,6 @@ from typing import Any
 from mlops_ray.errors import LeaseError, StepError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.records import StepStatus
-from mlops_ray.orchestration.deadline import GRACE_S
 from mlops_ray.orchestration.effects import Effects
 from mlops_ray.orchestration.frontier import Frontier
 from mlops_ray.orchestration.graph import Graph
@@ -140,7 +139,7 @@ class Scheduler:
                 continue
             ticket = Ticket(work.name, (call,), once=True, stale=work.is_stale(item))
             if not self._crew.attach(ticket, work.step, work.job):
-                raise self._effects.uncertain(work, call)
+                raise self._effects.uncertain(work.name, item, attempt)
             work.waiting.remove(item)
             self._recorder.event("effect_taken_up", work.name, item, attempt=call.attempt)
             self._enter(ticket, work)
@@ -166,20 +165,8 @@ class Scheduler:
         self._lanes.enter(work)
 
     def _record_start(self, work: Work, item: int, **attempt: int) -> None:
-        key = work.key_of(item)
-        of_parent = work.is_mapped and item < 0
-        self._recorder.set(
-            work.name,
-            "running",
-            item=item,
-            key=key.key,
-            started_at=datetime.now(UTC),
-            ended_at=None,
-            error=None,
-            message=work.progress if of_parent else None,
-            said=attempt,
-            **attempt,
-        )
+        message = work.progress if work.is_mapped and item < 0 else None
+        self._recorder.started(work.name, item, work.key_of(item), message, **attempt)
 
     # Taking in
 
@@ -220,17 +207,34 @@ class Scheduler:
         self._lanes.leave(work)
         if isinstance(answer, BaseException):
             self._crew.release(ticket, failed=True)
-            for call in ticket.calls:
-                self._crashed(work, ticket, call, answer)
+            self._crashed(work, ticket, answer)
         else:
-            for call, outcome in zip(ticket.calls, pickle.loads(answer), strict=True):
-                if ticket.stale:
-                    self._wait_again(work, call.item)
-                else:
-                    self._returned(work, call, outcome)
+            outcomes = zip(ticket.calls, pickle.loads(answer), strict=True)
+            self._ended(work, ticket, list(outcomes))
             self._crew.release(ticket, failed=False)
         if work.suspended and not work.running:
             self._dismiss(work)
+
+    def _ended(self, work: Work, ticket: Ticket, outcomes: list[tuple[Call, Outcome]]) -> None:
+        """Take in the calls of a ticket: first those that succeeded, then all that failed."""
+        errors = []
+        for call, outcome in sorted(outcomes, key=lambda pair: pair[1].output is None):
+            if ticket.stale:
+                self._again(work, call, happened=outcome.output is not None)
+                continue
+            try:
+                self._returned(work, call, outcome)
+            except StepError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _again(self, work: Work, call: Call, *, happened: bool) -> None:
+        """Let an effect happen again that was begun with another key, if somebody wants it to."""
+        if happened and work.unasked:
+            key = work.key_of(call.item).key
+            raise self._effects.remade(work.name, call.item, key)
+        self._wait_again(work, call.item)
 
     def _returned(self, work: Work, call: Call, outcome: Outcome) -> None:
         if outcome.output is not None:
@@ -275,24 +279,41 @@ class Scheduler:
 
     # What goes wrong
 
-    def _crashed(self, work: Work, ticket: Ticket, call: Call, error: BaseException) -> None:
-        """Take in that nobody has answered for a call: its process, its node, or Ray is gone."""
+    def _crashed(self, work: Work, ticket: Ticket, error: BaseException) -> None:
+        """Take in that nobody has answered for calls: their process, their node, or Ray is gone."""
         raised = getattr(error, "cause", None)
         if isinstance(raised, LeaseError):
             raise raised
+        if len(ticket.calls) > 1:
+            self._suspect(work, ticket, headline(error))
+            return
+        (call,) = ticket.calls
         done = self._effects.record_of(work, call) if work.once else None
+        if done is not None and ticket.stale:
+            self._again(work, call, happened=True)
+            return
         if done is not None and done.output is not None:
             self._recorder.keep(done)
             self._entered(work, call.item, done.output)
             return
         what, cause = headline(error), classify(raised or error)
         limit = work.step.timeout
-        flown_s = time.monotonic() - ticket.submitted_s
-        if limit is not None and flown_s >= limit.total_seconds() + GRACE_S:
+        if limit is not None and self._crew.is_struck(ticket):
             what, cause = f"it took longer than {limit}, and did not end when interrupted", "user"
         where, run_id = f"step {work.name}", self._recorder.run.run_id
+        if call.item >= 0:
+            where = f"{where}, call {call.item}"
         failure = StepError(what, step=work.name, run_id=run_id, where=where)
         self._failed(work, call, failure, cause, None)
+
+    def _suspect(self, work: Work, ticket: Ticket, reason: str) -> None:
+        """Let the calls of a batch that crashed run one by one: one of them may have done it."""
+        items = [call.item for call in ticket.calls]
+        self._recorder.event("batch_crashed", work.name, calls=items, reason=reason)
+        work.suspects.update(items)
+        for item in items:
+            self._recorder.set(work.name, "pending", item=item)
+            self._wait_again(work, item)
 
     def _failed(
         self, work: Work, call: Call, error: StepError, cause: Cause, node: str | None
@@ -307,15 +328,7 @@ class Scheduler:
         heapq.heappush(self._timers, entry)
 
     def _give_up(self, work: Work, item: int, error: StepError, said: dict[str, Any]) -> None:
-        ended: dict[str, Any] = {
-            "ended_at": datetime.now(UTC),
-            "error": error.what,
-            "message": error.what,
-        }
-        self._recorder.set(work.name, "failed", item=item, said=said, **ended)
-        if item >= 0:
-            ended["message"] = f"call {item}: {error.what}"
-            self._recorder.set(work.name, "failed", said=said, **ended)
+        self._recorder.failed(work.name, item, error.what, said)
         raise error
 
     def _suspend(self, work: Work, call: Call, digest: str, error: StepError) -> None:
@@ -323,6 +336,7 @@ class Scheduler:
         self._pay(work.name, call.item, error)
         work.suspended = True
         work.waiting.clear()
+        self._lanes.drop(work)
         work.lost.add(digest)
 
     def _dismiss(self, work: Work) -> None:
@@ -361,7 +375,9 @@ class Scheduler:
                 self._record_success(work, call, outcome)
             calls = {(ticket.step, call.item) for ticket in ours for call in ticket.calls}
             calls |= {(work.name, item) for _, _, work, item in self._timers}
-            self._record_cut_off(status, calls - {(w.name, call.item) for w, call, _ in done})
+            calls -= {(work.name, call.item) for work, call, _ in done}
+            left = {ticket.step for ticket in self._flying if ticket.once}
+            self._recorder.cut_off(status, calls, left)
 
     def _last_successes(self, patience_s: float) -> list[tuple[Work, Call, Outcome]]:
         try:
@@ -377,12 +393,3 @@ class Scheduler:
         work = self._works[ticket.step]
         outcomes = zip(ticket.calls, pickle.loads(message.answer), strict=True)
         return [(work, call, outcome) for call, outcome in outcomes if outcome.output is not None]
-
-    def _record_cut_off(self, status: StepStatus, calls: set[tuple[str, int]]) -> None:
-        left = {ticket.step for ticket in self._flying if ticket.once}
-        for name, step in self._recorder.steps.items():
-            if step.status == "running" and name not in left:
-                self._recorder.set(name, status, message="interrupted")
-        for name, item in sorted(calls):
-            if item >= 0:
-                self._recorder.set(name, status, item=item, message="interrupted")

@@ -6,12 +6,16 @@ import contextlib
 import pickle
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from mlops_ray.config.workflow import Step
+from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration import once
+from mlops_ray.orchestration.capture import log_path
+from mlops_ray.orchestration.deadline import is_struck
 from mlops_ray.orchestration.worker import Call, execute
 
 _LOOK_AT_CLUSTER_EVERY_S = 5.0
@@ -21,13 +25,13 @@ _LOOK_AT_CLUSTER_EVERY_S = 5.0
 class Ticket:
     """Calls of one step that were submitted together and run one after the other.
 
-    ``submitted_s`` is monotonic. ``stale`` is an effect that was begun with another key: its end is
-    waited for, and then it happens again.
+    ``log_bytes`` is how long the log of the first call was when they were submitted. ``stale`` is
+    an effect that was begun with another key: its end is waited for, and then it happens again.
     """
 
     step: str
     calls: tuple[Call, ...]
-    submitted_s: float = field(default_factory=time.monotonic)
+    log_bytes: int = 0
     once: bool = False
     stale: bool = False
     ref: Any = None
@@ -48,6 +52,7 @@ class Crew:
     Args:
         project: Its name; tasks are named after it.
         groups: The steps of each group.
+        home: Where their logs are.
         deliver: Called in a thread of Ray's with a ticket and what came back: the bytes of its
             outcomes, or an error of Ray's.
     """
@@ -57,8 +62,10 @@ class Crew:
         project: str,
         run_id: str,
         groups: dict[str, list[Step]],
+        home: Home,
         deliver: Callable[[Ticket, Any], None],
     ) -> None:
+        self._home = home
         self._project = project
         self._run_id = run_id
         self._group_options = {name: _joint_options(steps) for name, steps in groups.items()}
@@ -70,6 +77,9 @@ class Crew:
 
     def submit(self, ticket: Ticket, step: Step, job: bytes) -> None:
         """Submit calls of a step."""
+        with contextlib.suppress(FileNotFoundError):
+            if step.timeout is not None:
+                ticket.log_bytes = self._log(ticket).stat().st_size
         if ticket.once:
             ticket.actor = self._effect(ticket, step)
         elif step.group is not None:
@@ -118,6 +128,10 @@ class Crew:
         elif failed:
             self._groups = {k: v for k, v in self._groups.items() if v is not ticket.actor}
 
+    def is_struck(self, ticket: Ticket) -> bool:
+        """Say whether it was the deadline of a ticket's call that ended its process."""
+        return is_struck(self._log(ticket), ticket.log_bytes)
+
     def close(self) -> None:
         """End the groups' actors."""
         import ray
@@ -134,6 +148,9 @@ class Crew:
             self._looked_s = time.monotonic()
             self._cpus = max(int(ray.cluster_resources().get("CPU", 0)), 1)
         return self._cpus
+
+    def _log(self, ticket: Ticket) -> Path:
+        return log_path(self._home, self._run_id, ticket.step, ticket.calls[0].item)
 
     def _run(self, ticket: Ticket, step: Step, job: bytes) -> None:
         calls = pickle.dumps(ticket.calls)

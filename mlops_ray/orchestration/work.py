@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ class Work:
 
     ``waiting`` are those that may be started, ``running`` counts tasks. ``earlier`` is how an earlier
     attempt at the run left them. A ``suspended`` work starts nothing more: the artifacts ``lost`` must
-    be made again first.
+    be made again first. ``suspects`` are calls of a batch that crashed: each runs alone.
 
     Args:
         name: The step.
@@ -31,6 +32,8 @@ class Work:
         job: What all its calls have in common, pickled.
         elements: What each call of a mapped step gets; None for a step that is not mapped.
         keys: The keys of those calls.
+        unasked: Whether it has another key than in the earlier attempt, if it has, only because a
+            step before it gave something else.
     """
 
     def __init__(
@@ -41,12 +44,16 @@ class Work:
         job: bytes,
         elements: Sequence[dict[str, Any]] | None = None,
         keys: Sequence[StepKey] = (),
+        *,
+        unasked: bool = False,
     ) -> None:
         self.name = name
         self.step = step
         self.key = key
         self.job = job
         self.keys = keys
+        self.unasked = unasked
+        self.suspects: set[int] = set()
         self.is_mapped = elements is not None
         self.once = step.mode == "effect" and not step.idempotent
         self.suspended = False
@@ -115,4 +122,9 @@ class Work:
             return 1
         fitting = int(_BATCH_S / max(self._call_s, 1e-4))
         fair = math.ceil(len(self.waiting) / (4 * lanes()))
-        return max(1, min(fitting, fair, _LARGEST_BATCH))
+        most = max(1, min(fitting, fair, _LARGEST_BATCH))
+        if not self.suspects:
+            return most
+        first = itertools.islice(self.waiting, most)
+        trusted = itertools.takewhile(lambda item: item not in self.suspects, first)
+        return max(1, sum(1 for _ in trusted))

@@ -64,7 +64,10 @@ def test_pause_and_resume(command: Any, project: Path) -> None:
 def test_a_firing_by_hand_is_kept_until_somebody_watches(command: Any, project: Path) -> None:
     outcome = run(command, project, "triggers", "fire", "button")
     assert "runs when somebody watches" in outcome.out
-    (firing,) = Ledger(Home(project / ".mlops-ray").ledger_url).firings(status="due")
+    ledger = Ledger(Home(project / ".mlops-ray").ledger_url)
+    (firing,) = ledger.firings(status="due")
+    (event,) = ledger.events(kind="firing_due")
+    assert event.data["firing"] == firing.key
     assert firing.key in outcome.out
     history = json.loads(run(command, project, "triggers", "history", "button", "--json").out)
     assert [(f["key"], f["status"]) for f in history] == [(firing.key, "due")]

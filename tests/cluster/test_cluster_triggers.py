@@ -527,7 +527,7 @@ def test_a_branch_that_comes_back_and_a_table_that_is_gone(tiny_project: Any) ->
 
 
 def test_a_firing_and_its_event_are_written_together(tiny_project: Any) -> None:
-    for moment in range(1, 8):
+    for moment in range(1, 13):
         project = tiny_project.model_copy(update={"home": tiny_project.home / str(moment)})
         bench = Bench(project, {"t": {"workflow": "w", "event": "e"}})
         bench.tick()

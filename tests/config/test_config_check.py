@@ -303,6 +303,29 @@ def test_the_schema_s_and_the_graph_s_problems_come_together(workspace: Workspac
     assert "Did you mean $first?" in str(found)
 
 
+def test_code_that_is_not_plainly_at_the_top_raises_no_false_alarm(workspace: Workspace) -> None:
+    (workspace.directory / "shop_code/steps.py").write_text(
+        textwrap.dedent(
+            """
+            from typing import Callable
+            try:
+                import fast
+            except ImportError:
+                def first(count): ...
+            else:
+                first: Callable = fast.first
+            @with_session
+            def second(session, table): ...
+            def third(read, check): ...
+            """
+        )
+    )
+    named = "+workflow.steps.third={uses: shop_code.steps.third, with: {read: a.csv, check: b.c}}"
+    load_project(workspace, ["workflow=small", named])
+    (line,) = problems(workspace, "+workflow.steps.second.with.tabel=1")
+    assert "with.tabel: unknown key" in line
+
+
 def test_a_workflow_may_be_declared_in_python(workspace: Workspace) -> None:
     (workspace.directory / "shop_code/flows.py").write_text(
         "from mlops_ray import workflow\nfrom shop_code import counting\n"
@@ -323,26 +346,3 @@ def test_a_workflow_may_be_declared_in_python(workspace: Workspace) -> None:
     file.write_text("declared_by: shop_code.flows.nightly\nname: twice\n")
     with pytest.raises(ConfigError, match="name cannot be given beside it"):
         load_project(workspace, ["workflow=nightly"])
-
-
-def test_code_that_is_not_plainly_at_the_top_raises_no_false_alarm(workspace: Workspace) -> None:
-    (workspace.root / "shop_code/steps.py").write_text(
-        textwrap.dedent(
-            """
-            from typing import Callable
-            try:
-                import fast
-            except ImportError:
-                def first(count): ...
-            else:
-                first: Callable = fast.first
-            @with_session
-            def second(session, table): ...
-            def third(read, check): ...
-            """
-        )
-    )
-    named = "+workflow.steps.third={uses: shop_code.steps.third, with: {read: a.csv, check: b.c}}"
-    load_project(workspace, ["workflow=small", named])
-    (line,) = problems(workspace, "+workflow.steps.second.with.tabel=1")
-    assert "with.tabel: unknown key" in line

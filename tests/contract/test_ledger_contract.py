@@ -187,6 +187,27 @@ def test_firings_are_recorded_once_and_changed(ledgers: Ledgers) -> None:
     )
     assert ledger.firings(trigger="other") == []
     assert len(ledger.firings(limit=1)) == 1
+    assert ledger.firings(begun=True) == [changed]
+    assert [firing.key for firing in ledger.firings(not_like="nightly@1")] == [
+        "nightly@2",
+        "nightly@0",
+    ]
+    assert ledger.firings(not_like="nightly_")[0].key == "nightly@2"
+
+
+def test_a_firing_and_its_event_are_one_write(ledgers: Ledgers) -> None:
+    ledger = ledgers.open()
+    lease = ledger.acquire("triggers/shop", "one", 60)
+    given = {"project": "shop", "trigger": "t", "status": "due", "at": datetime.now(UTC)}
+    firing = Firing.model_validate({"key": "t@1", **given})
+    due, ended = (NewEvent(project="shop", kind=f"firing_{end}") for end in ("due", "failed"))
+    assert ledger.fire(firing, event=due, fence=lease)
+    assert not ledger.fire(firing, event=due, fence=lease)
+    ledger.update_firing("t@1", event=ended, fence=lease, status="failed")
+    ledger.acquire("triggers/shop", "two", 60, dead=lease)
+    with pytest.raises(LeaseError):
+        ledger.update_firing("t@1", event=ended, fence=lease, status="due")
+    assert [event.kind for event in ledger.events()] == ["firing_due", "firing_failed"]
 
 
 def test_a_run_is_unmirrored_from_its_end_until_it_is_mirrored(ledgers: Ledgers) -> None:

@@ -189,7 +189,7 @@ def test_references_select_parts_and_leave_other_text_alone() -> None:
         references.Reference("a", ("c",)).select({"b": 1})
 
 
-@pytest.mark.parametrize("text", ["$lod-data", "$first[0]", "$first.val-loss", "$first/data.csv"])
+@pytest.mark.parametrize("text", ["$lod-data", "$first[0]", "$first.val-loss", "$first/da ta"])
 def test_what_begins_like_a_reference_and_is_none_is_a_problem(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a reference") as caught:
         build(workflow(first={}, second={"with": {"x": {"deep": [text]}}}))

@@ -11,7 +11,6 @@ from mlops_ray.errors import WorkflowError
 from mlops_ray.metadata.artifacts import open_artifacts
 from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration.context import Context
-from mlops_ray.orchestration.reporting import LiveReporter
 from mlops_ray.orchestration.worker import bind
 
 
@@ -29,7 +28,7 @@ def injected(context: Context, **others: Any) -> Any:
 
 @pytest.fixture
 def context(home: Home) -> Context:
-    return Context("p", home, "r", "s", LiveReporter("p", home, "r", "s"))
+    return Context("p", home, "r", "s")
 
 
 def bound(function: Any, context: Context, home: Home, **given: Any) -> Any:
