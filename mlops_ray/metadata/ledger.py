@@ -86,9 +86,7 @@ class Ledger:
 
     # Leases
 
-    def acquire(
-        self, name: str, owner: str, ttl_s: float, *, dead: Lease | None = None
-    ) -> Lease:
+    def acquire(self, name: str, owner: str, ttl_s: float, *, dead: Lease | None = None) -> Lease:
         """Take the lease of that name, if it is free, has expired, is ``owner``'s own, or is still
         ``dead``, one whose owner is known to be dead: who was faster and took that over keeps it.
         The token is greater than every earlier one.

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlops_ray.config.workflow import Resources
 
 
-def shortage(asked: Resources, nodes: Iterable[Mapping[str, float]]) -> str | None:
+def nodes_now() -> list[dict[str, float]]:
+    """Return what each living node of the cluster has in all."""
+    import ray
+
+    return [dict(node.get("Resources", {})) for node in ray.nodes() if node["Alive"]]
+
+
+def shortage(
+    asked: Resources, nodes: Callable[[], Iterable[Mapping[str, float]]] = nodes_now
+) -> str | None:
     """Say what a step asks for, where no node has all of it even when idle; else None.
 
     Args:
         asked: What the step declares. Its labels are not looked at.
-        nodes: What each node has in all, by Ray's names of resources.
+        nodes: Says what each node has in all, by Ray's names of resources.
     """
     wanted: dict[str, float] = {
         "CPU": asked.num_cpus,
@@ -22,17 +31,13 @@ def shortage(asked: Resources, nodes: Iterable[Mapping[str, float]]) -> str | No
         **asked.custom,
     }
     wanted = {name: amount for name, amount in wanted.items() if amount}
-    if any(all(node.get(n, 0) >= amount for n, amount in wanted.items()) for node in nodes):
+    if not wanted:
         return None
+    for node in nodes():
+        if all(node.get(name, 0) >= amount for name, amount in wanted.items()):
+            return None
     text = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-    return f"no node has {text}" if wanted else None
-
-
-def nodes_now() -> list[dict[str, float]]:
-    """Return what each living node of the cluster has in all."""
-    import ray
-
-    return [dict(node.get("Resources", {})) for node in ray.nodes() if node["Alive"]]
+    return f"no node of the cluster has {text}"
 
 
 def may_grow() -> bool:

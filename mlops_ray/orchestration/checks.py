@@ -217,7 +217,8 @@ class _Checker:
         if not isinstance(kind, Kind):
             return
         categories = {self._types.category(member) for member in kind.members()}
-        if categories <= {"table", "path"}:
+        mapped = self.flat.steps[condition.operand.step].step.map and not condition.operand.path
+        if mapped or categories <= {"table", "path"}:
             self._problem(path, f"{condition.operand} is {kind}: a condition asks for JSON values.")
         elif condition.operator in _ORDERING and "?" not in categories:
             wanted = {"str"} if isinstance(condition.literal, str) else _NUMBERS

@@ -229,8 +229,14 @@ class Executor:
         with contextlib.suppress(KeyboardInterrupt, Exception):
             scheduler.stop(step_status, record=ours, effects_too=cancelled)
         if ours:
-            with contextlib.suppress(Exception):
-                self._finish(recorder, "cancelled" if cancelled else status, lease, str(error))
+            status = "cancelled" if cancelled else status
+            try:
+                self._finish(recorder, status, lease, str(error))
+            except LedgerError:
+                pass
+            except Exception:  # something could not be written; the end still can
+                with contextlib.suppress(LedgerError):
+                    self._ledger.finish_run(recorder.run.run_id, status, fence=lease)
 
     def _records(self, run: RunRecord, earlier: dict[str, StepRecord]) -> list[StepRecord]:
         return [

@@ -13,7 +13,7 @@ from mlops_ray.errors import ArtifactError, WorkflowError
 from mlops_ray.metadata.artifacts import ArtifactRef, ArtifactStore
 from mlops_ray.metadata.ledger import Ledger
 from mlops_ray.metadata.records import Lease, StepRecord
-from mlops_ray.orchestration import resolution
+from mlops_ray.orchestration import capacity, resolution
 from mlops_ray.orchestration.drift import Drift
 from mlops_ray.orchestration.effects import Effects
 from mlops_ray.orchestration.frontier import Frontier
@@ -114,6 +114,7 @@ class Opener:
         for name, key in keys.items():
             with opened.reading(name, self._recorder):
                 opened.works.append(self._work(name, key))
+                self._look_for_room(opened.works[-1])
         return opened
 
     def _known(self, keys: Mapping[str, StepKey]) -> dict[str, StepRecord]:
@@ -206,6 +207,16 @@ class Opener:
         work.earlier = {call.item: call for call in calls}
         work.known(self._known_calls(work))
         return work
+
+    def _look_for_room(self, work: Work) -> None:
+        """Say that no node can hold a step; refuse where none will come."""
+        work.lacks = capacity.shortage(work.step.resources) if work.waiting else None
+        if work.lacks is None:
+            return
+        if not capacity.may_grow():
+            fix = "ask for less in its `resources`, or run it on a cluster that has such a node"
+            raise WorkflowError(work.lacks, where=f"step {work.name}", fix=fix)
+        self._recorder.event("step_waits_for_node", work.name, reason=work.lacks)
 
     def _known_calls(self, work: Work) -> dict[int, ArtifactRef]:
         before, found = work.earlier, dict[int, StepRecord]()

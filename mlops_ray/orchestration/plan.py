@@ -15,6 +15,7 @@ from mlops_ray.orchestration.graph import Graph
 from mlops_ray.orchestration.keys import StepKey, item_key
 from mlops_ray.orchestration.once import SAID_DONE
 from mlops_ray.orchestration.resolution import element_digest, elements_of, key_of, refusal
+from mlops_ray.orchestration.reuse import DONE
 from mlops_ray.orchestration.spec import RunSpec
 
 PlannedState = Literal["cached", "finished", "run", "skipped", "depends", "uncertain"]
@@ -88,10 +89,10 @@ def ensured(graph: Graph) -> frozenset[str]:
 def _before(
     run: RunRecord | None, graph: Graph, ledger: Ledger
 ) -> tuple[dict[str, StepRecord], frozenset[str]]:
-    """Return the effects that a run has had, and those of which nobody knows."""
+    """Return the steps that a run has done, and the effects of which nobody knows."""
     records = [] if run is None else ledger.steps(run.run_id)
-    known = [r for r in records if r.name in graph.flat and graph.step(r.name).mode == "effect"]
-    done = {record.name: record for record in known if record.status == "succeeded"}
+    known = [record for record in records if record.name in graph.flat]
+    done = {record.name: record for record in known if record.status in DONE}
     return done, frozenset(r.name for r in known if r.status == "uncertain")
 
 
@@ -150,15 +151,20 @@ class _Planner:
         output = before.output if before is not None and done else None
         if output is not None and self.artifacts.verify(output):
             return PlannedStep(name, step, "finished", "done in that run", key, output)
+        if output is not None and not step.idempotent and not step.map:
+            reason = "it happened, but its output is lost: the run stops and asks"
+            return PlannedStep(name, step, "uncertain", reason, key)
         return PlannedStep(name, step, "run", "has effects: runs once in each run", key)
 
     def _pure(self, name: str, key: StepKey) -> PlannedStep:
-        step = self.graph.step(name)
+        step, own = self.graph.step(name), self.done.get(name)
         found = self.ledger.cached([key.key]).get(key.key)
-        if found is not None and found.output is not None:
-            if self.artifacts.verify(found.output):
+        for record in (own, found):
+            output = record.output if record is not None and record.key == key.key else None
+            if output is not None and self.artifacts.verify(output):
                 reason = "same code, config and inputs"
-                return PlannedStep(name, step, "cached", reason, key, found.output)
+                return PlannedStep(name, step, "cached", reason, key, output)
+        if found is not None and found.output is not None:
             reason = "its output is missing or corrupt"
             return PlannedStep(name, step, "run", reason, key, calls=self._calls(step, key))
         calls = self._calls(step, key)

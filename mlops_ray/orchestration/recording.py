@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -118,7 +118,9 @@ class Recorder:
         if item >= 0:
             self.set(name, "failed", message=f"call {item}: {error}", **ended)
 
-    def cut_off(self, status: StepStatus, calls: set[tuple[str, int]], left: set[str]) -> None:
+    def cut_off(
+        self, status: StepStatus, calls: Iterable[tuple[str, int]], left: Collection[str]
+    ) -> None:
         """Say what becomes of the steps and calls that were cut off, but for those ``left`` running."""
         for name, step in self.steps.items():
             if step.status == "running" and name not in left:

@@ -35,7 +35,7 @@ from mlops_ray.orchestration.repair import Repair
 from mlops_ray.orchestration.retries import Budgets, Cause, classify, delay_s, headline
 from mlops_ray.orchestration.tasks import Crew, Ticket
 from mlops_ray.orchestration.work import Work
-from mlops_ray.orchestration.worker import Call, Outcome
+from mlops_ray.orchestration.worker import Call, Outcome, see_log
 
 _LONGEST_WAIT_S = 0.25
 _CANCEL_GRACE_S = 3.0
@@ -165,7 +165,8 @@ class Scheduler:
         self._lanes.enter(work)
 
     def _record_start(self, work: Work, item: int, **attempt: int) -> None:
-        message = work.progress if work.is_mapped and item < 0 else None
+        progress = work.progress if work.is_mapped and item < 0 else None
+        message = work.lacks or progress
         self._recorder.started(work.name, item, work.key_of(item), message, **attempt)
 
     # Taking in
@@ -303,7 +304,8 @@ class Scheduler:
         where, run_id = f"step {work.name}", self._recorder.run.run_id
         if call.item >= 0:
             where = f"{where}, call {call.item}"
-        failure = StepError(what, step=work.name, run_id=run_id, where=where)
+        fix = see_log(run_id, work.name, call.item)
+        failure = StepError(what, step=work.name, run_id=run_id, where=where, fix=fix)
         self._failed(work, call, failure, cause, None)
 
     def _suspect(self, work: Work, ticket: Ticket, reason: str) -> None:

@@ -24,6 +24,7 @@ class Work:
     ``waiting`` are those that may be started, ``running`` counts tasks. ``earlier`` is how an earlier
     attempt at the run left them. A ``suspended`` work starts nothing more: the artifacts ``lost`` must
     be made again first. ``suspects`` are calls of a batch that crashed: each runs alone.
+    ``lacks`` says what it asks for that no node of the cluster has.
 
     Args:
         name: The step.
@@ -58,6 +59,7 @@ class Work:
         self.once = step.mode == "effect" and not step.idempotent
         self.suspended = False
         self.lost: set[str] = set()
+        self.lacks: str | None = None
         self.earlier: dict[int, StepRecord] = {}
         self.running = 0
         self.waiting: deque[int] = deque(range(len(elements)) if elements is not None else (-1,))

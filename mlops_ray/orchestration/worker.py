@@ -243,17 +243,21 @@ def _fit(function: Any, name: str, value: Any, adapter: TypeAdapter[Any]) -> Any
         ) from error
 
 
+def see_log(run_id: str, step: str, item: int) -> str:
+    """Say how to see what a call has printed."""
+    which = step if item < 0 else f"{step} --item {item}"
+    return f"see its log: mlops-ray logs {run_id} {which}"
+
+
 def _step_error(job: Job, call: Call, error: BaseException) -> StepError:
     known = isinstance(error, MlopsRayError | TimedOut)
     what = str(error) if known else f"{type(error).__name__}: {error}"
-    which, log = f"step {job.step}", f"mlops-ray logs {job.run_id} {job.step}"
-    if call.item >= 0:
-        which, log = f"{which}, call {call.item}", f"{log} --item {call.item}"
+    which = f"step {job.step}" + (f", call {call.item}" if call.item >= 0 else "")
     return StepError(
         what,
         step=job.step,
         run_id=job.run_id,
         detail=traceback.format_exc(),
         where=which,
-        fix="" if known else f"see its log: {log}",
+        fix="" if known else see_log(job.run_id, job.step, call.item),
     )

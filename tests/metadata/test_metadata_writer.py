@@ -141,6 +141,19 @@ def test_a_write_whose_reply_is_lost_is_answered_and_not_repeated(
     assert ledger.acquire("w", "me", 600).token == 2
 
 
+def test_whatever_fails_on_the_way_is_an_error_of_the_ledger(ray_cluster: Any, own: Home) -> None:
+    database = backend(open_ledger(own))
+
+    def fail(_again: bool) -> Any:
+        raise KeyError("of the cluster's client")
+
+    with pytest.raises(LedgerError, match="does not answer") as failed:
+        database._ask(fail, lambda: None)
+    assert "KeyError" in str(failed.value)
+    with pytest.raises(LedgerError, match="KeyError: 'sent back'"):
+        database._ask(lambda _again: KeyError("sent back"), lambda: None)
+
+
 def test_handles_that_are_opened_at_once_share_one_writer(ray_cluster: Any, own: Home) -> None:
     opened: list[Ledger] = []
     threads = [threading.Thread(target=lambda: opened.append(open_ledger(own))) for _ in range(6)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import os
@@ -44,6 +45,23 @@ def folder(context: Context, total: Total) -> Path:
 
 def read(folder: Path, extra: list[int]) -> str:
     return (folder / "total.txt").read_text() + "".join(map(str, extra))
+
+
+def report_odd(context: Context) -> int:
+    context.reporter.param("grid", {(1, 2): 3})
+    return 1
+
+
+def give_up(marks: Path) -> int:
+    mark(marks, "give_up")
+    raise asyncio.CancelledError("nope")
+
+
+def announce(context: Context, marks: Path) -> int:
+    mark(marks, "announce")
+    context.reporter.writes("model", "m@1")
+    context.reporter.progress(rows=7, message="sent")
+    return 1
 
 
 def effect(marks: Path) -> int:
@@ -108,6 +126,35 @@ def square_once_broken(marks: Path, number: int) -> int:
         raise ValueError("three is not liked")
     mark(marks, f"square {number}")
     return number * number
+
+
+def hundredth_fails(marks: Path, number: int) -> int:
+    mark(marks, f"call {number}")
+    if number == 100 and not (marks / "good").exists():
+        raise ValueError("a hundred is not liked")
+    return number
+
+
+def hundredth_dies(number: int) -> int:
+    if number == 100:
+        os._exit(3)
+    return number
+
+
+def chance(marks: Path) -> str:
+    mark(marks, "chance")
+    return os.urandom(8).hex()
+
+
+def effect_of(marks: Path, value: Any) -> dict[str, Any]:
+    mark(marks, "effect")
+    return {"sent": 5}
+
+
+def wait_for_good(marks: Path, value: Any) -> Any:
+    if not (marks / "good").exists():
+        raise ValueError("not yet")
+    return value
 
 
 def span(marks: Path, name: str, seconds: float = 0.3) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from orchestration.packages import package
+from pydantic import ValidationError
 
 from mlops_ray.config.check import Findings
-from mlops_ray.config.workflow import Workflow
+from mlops_ray.config.workflow import Step, Workflow
 from mlops_ray.orchestration.checks import check_workflow
 
 NAME = "checked_project"
@@ -484,3 +485,18 @@ def test_a_folder_given_as_a_path_is_warned_of(project: Path) -> None:
     assert "what the folder holds does not count" in found(project)
     assert "folder" not in found(project / "steps.py")
     assert "folder" not in found(project, "effect")
+
+
+def test_the_list_of_a_mapped_step_is_no_condition_but_a_part_of_it_may_be() -> None:
+    mapped = {"uses": "take_int", "map": {"x": "$numbers"}}
+    last = {"uses": "take_any", "with": {"x": 1}, "mode": "effect"}
+    for when in ("$mapped", "$mapped == 3"):
+        found = problems(numbers={}, mapped=mapped, last=last | {"when": when})
+        assert "workflow.steps.last.when: $mapped is list[int]: a condition asks for JSON" in found
+    assert not problems(numbers={}, mapped=mapped, last=last | {"when": "$mapped.0 == 3"})
+
+
+@pytest.mark.parametrize("timeout", ["0s", "0ms", 0])
+def test_a_timeout_of_nothing_is_refused(timeout: str | int) -> None:
+    with pytest.raises(ValidationError, match="greater than"):
+        Step.model_validate({"uses": "a.b", "timeout": timeout})

@@ -125,6 +125,7 @@ def test_a_worker_that_dies_is_a_step_error(bench: Bench) -> None:
     with pytest.raises(StepError) as caught:
         bench.run(bench.project(die=die))
     assert caught.value.step == "die"
+    assert f"mlops-ray logs {caught.value.run_id} die" in caught.value.fix
     assert bench.count("die") == 2
 
 

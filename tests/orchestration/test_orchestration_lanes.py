@@ -101,3 +101,18 @@ def test_no_limit_is_ever_exceeded_and_everything_runs(
         "inner/three": 1,
         "free": 1,
     }
+
+
+def test_a_step_that_was_dropped_can_be_added_anew_though_no_slot_is_free() -> None:
+    step = Step.model_validate({"uses": "a.b"})
+    graph = build(Workflow(name="w", steps={"one": step, "two": step}, max_parallel=1))
+    lanes = Lanes(graph)
+    old, new, busy = (work_of(name, step) for name in ("two", "two", "one"))
+    lanes.add(old)
+    lanes.enter(busy)
+    assert not list(lanes.startable(lambda: 9))
+    old.waiting.clear()
+    lanes.drop(old)
+    lanes.add(new)
+    lanes.leave(busy)
+    assert next(lanes.startable(lambda: 9)) is new

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from orchestration.driver import spec_of
 
-from mlops_ray.errors import StepError, WorkflowError
+from mlops_ray.errors import LedgerError, StepError, WorkflowError
 from mlops_ray.metadata.access import open_ledger
 from mlops_ray.metadata.artifacts import open_artifacts
 from mlops_ray.metadata.home import Home
@@ -23,7 +25,7 @@ from mlops_ray.metadata.records import Event
 from mlops_ray.orchestration import once
 from mlops_ray.orchestration.executor import Executor
 from mlops_ray.orchestration.ownership import borrowed
-from mlops_ray.orchestration.worker import Call
+from mlops_ray.orchestration.worker import Call, Job
 
 HERE = "orchestration.sample_steps"
 
@@ -156,11 +158,14 @@ def test_of_an_effect_that_was_killed_a_person_has_to_say(
         artifacts = open_artifacts(stage.home)
         kept = {"done": "done", "rerun": "rerun"}[decision]
         once.resolve(stage.ledger, artifacts, run, "effect", -1, kept, output=7.5, fence=lease)
+    if decision == "done":
+        steps["effect"]["with"]["name"] = "another"  # another key: it has happened nevertheless
     executor = Executor(spec_of(stage.home.root, steps))
     done = executor.run()
     expected = [7.5] if decision == "done" else [5.0]
     assert executor.output(done.run_id, "then") == expected
     assert stage.count("slept begun") == (1 if decision == "done" else 2)
+    assert stage.count("another begun") == 0
 
 
 def test_an_effect_that_raises_is_over_and_may_be_tried_again(stage: Stage) -> None:
@@ -208,6 +213,55 @@ def test_only_an_uncertain_step_can_be_resolved(stage: Stage) -> None:
         )
 
 
+@pytest.fixture
+def effect(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[once.Effect, Any]:
+    """The actor's object in this process, and a function that makes a pickled job of a step."""
+    monkeypatch.setattr(once, "_end_after", lambda _s: threading.Timer(1, lambda: None))
+    inputs = {"marks": str(tmp_path)}
+    return once.Effect(), lambda step: pickle.dumps(
+        Job("p", home, "r", "s", f"{HERE}.{step}", inputs, packages=("orchestration",))
+    )
+
+
+CALLS = pickle.dumps((Call(),))
+
+
+def test_an_effect_that_could_not_say_that_it_is_over_does_not_happen_again(
+    effect: tuple[once.Effect, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise LedgerError("it is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(once, "_record", away)
+        with pytest.raises(LedgerError):
+            effect[0].run(effect[1]("effect"), CALLS)
+    with pytest.raises(LedgerError):
+        effect[0].run(effect[1]("effect"), CALLS)
+    assert (tmp_path / "effect").read_text() == "x"
+
+
+def test_whatever_an_effect_raises_it_is_over(
+    effect: tuple[once.Effect, Any], home: Home, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        (outcome,) = pickle.loads(effect[0].run(effect[1]("give_up"), CALLS))
+        assert outcome.error.what == "CancelledError: nope"
+    assert (tmp_path / "give_up").read_text() == "x"
+    assert once.standings_in(open_ledger(home), "r")["s", -1].over
+
+
+def test_an_effects_own_process_records_all_that_its_driver_would(
+    effect: tuple[once.Effect, Any], home: Home
+) -> None:
+    effect[0].run(effect[1]("announce"), CALLS)
+    ledger = open_ledger(home)
+    (link,) = ledger.links(run_id="r")
+    assert (link.step, link.direction, link.name) == ("s", "writes", "m@1")
+    (record,) = ledger.steps("r")
+    assert (record.rows, record.message, record.status) == (7, "sent", "succeeded")
+
+
 def event(kind: str, attempt: int, item: int = -1) -> Event:
     data = {"item": item, "attempt": attempt}
     return Event.model_validate(
@@ -251,3 +305,23 @@ def test_an_effect_whose_driver_is_gone_ends_itself(called: bool, tmp_path: Path
         "time.sleep(60); sys.exit(3)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 0
+
+
+def test_an_effect_that_goes_on_while_its_input_is_lost_does_not_happen_again(
+    stage: Stage,
+) -> None:
+    steps = stage.steps(seconds=4)
+    steps["chance"] = {"uses": f"{HERE}.chance", "with": {"marks": str(stage.marks)}}
+    steps["effect"]["with"]["name"] = "$chance"
+    driver = stage.start(steps)
+    wait_for(lambda: bool(list(stage.marks.glob("* begun"))))
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    (run,) = stage.ledger.runs()
+    (chance,) = (s for s in stage.ledger.steps(run.run_id) if s.name == "chance")
+    open_artifacts(stage.home).path(chance.output.digest).unlink()
+    with pytest.raises(WorkflowError, match="its inputs are others now"):
+        stage.run(steps)
+    assert stage.states()["effect"] == "uncertain"
+    assert stage.count("chance") == 2
+    assert len(list(stage.marks.glob("* begun"))) == 1

@@ -11,7 +11,7 @@ from ray import exceptions as ray_errors
 
 from mlops_ray.config.workflow import Backoff, Retries
 from mlops_ray.errors import ArtifactError, LedgerError, StorageError, WorkflowError
-from mlops_ray.orchestration.retries import Budget, classify, delay_s, digest_of
+from mlops_ray.orchestration.retries import Budget, classify, delay_s, digest_of, headline
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,13 @@ from mlops_ray.orchestration.retries import Budget, classify, delay_s, digest_of
 )
 def test_errors_have_causes(error: BaseException, cause: str) -> None:
     assert classify(error) == cause
+
+
+def test_of_a_workers_error_one_hears_what_was_raised_without_colours() -> None:
+    text = "\x1b[36mray::shop.fit()\x1b[39m (pid=1)\n  File x\nCancelledError: nope"
+    assert headline(ray_errors.RayTaskError("f", text, ValueError("mine"))) == "ValueError: mine"
+    assert headline(ray_errors.RayTaskError("f", text, None)).endswith("CancelledError: nope")  # type: ignore[arg-type]
+    assert headline(RuntimeError("\x1b[31mred\x1b[0m\nmore")) == "RuntimeError: red"
 
 
 def test_only_lost_artifacts_can_be_made_again() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 from orchestration.bench import Bench
 
 from mlops_ray.errors import StepError, WorkflowError
+from mlops_ray.orchestration import capacity, executor
 from mlops_ray.orchestration.cancellation import request_cancel
 from mlops_ray.orchestration.capture import log_path
+from mlops_ray.orchestration.executor import Executor
+from mlops_ray.orchestration.scheduler import Scheduler
+from mlops_ray.orchestration.spec import RunSpec
 from mlops_ray.orchestration.tasks import _joint_options, _options
 
 HERE = "orchestration.sample_steps"
@@ -247,6 +252,109 @@ def test_a_run_can_be_cancelled_from_elsewhere_and_taken_up_again(bench: Bench) 
     assert bench.states(running.run_id) == {"slow": "cancelled"}
     record, states, _ = bench.run(project)
     assert (record.run_id, states) == (running.run_id, {"slow": "succeeded"})
+
+
+def test_a_request_to_cancel_that_comes_while_a_run_begins_is_heard(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = bench.project(slow={"uses": f"{HERE}.sleep", "with": {"seconds": 60}, "marks": True})
+
+    def ask(run: Any) -> None:
+        request_cancel(bench.ledger, run.run_id, "me")
+
+    monkeypatch.setattr(executor, "open_trace", ask)
+    for _ in range(2):
+        with pytest.raises(WorkflowError, match="was cancelled"):
+            bench.run(project)
+    assert [run.status for run in bench.ledger.runs()] == ["cancelled"]
+
+
+def test_a_second_interrupt_does_not_keep_the_end_from_being_recorded(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = bench.project(stubborn={"uses": f"{HERE}.stubborn", "marks": True})
+    waits = Scheduler._last_successes
+    asked = iter([True])
+
+    def wait(scheduler: Scheduler, patience_s: float) -> Any:
+        if next(asked, False):
+            raise KeyboardInterrupt
+        return waits(scheduler, patience_s)
+
+    begun = iter([True])
+
+    def interrupt(run: Any, steps: Any) -> None:
+        if bench.count("stubborn begun") and next(begun, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scheduler, "_last_successes", wait)
+    with pytest.raises(KeyboardInterrupt):
+        bench.executor(project, interrupt).run()
+    (run,) = bench.ledger.runs()
+    assert run.status == "interrupted"
+    assert bench.states(run.run_id) == {"stubborn": "pending"}
+
+
+def test_what_no_node_can_hold_is_refused_on_ones_own_ray(bench: Bench) -> None:
+    asked = {"num_gpus": 1000, "custom": {"tape": 2}}
+    step = {"uses": f"{HERE}.split", "with": {"count": 1}, "resources": asked}
+    with pytest.raises(WorkflowError, match="no node of the cluster has 1000 GPU, 2 tape"):
+        bench.run(bench.project(split=step))
+    (run,) = bench.ledger.runs()
+    assert bench.states(run.run_id) == {"split": "failed"}
+
+
+def test_on_a_cluster_it_is_said_and_waited_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capacity, "may_grow", lambda: True)
+    asked = {"custom": {"tape": 2}}
+    step = {"uses": f"{HERE}.split", "with": {"count": 1}, "resources": asked}
+
+    def look(run: Any, steps: Any) -> None:
+        if steps[0].status == "running" and steps[0].message == "no node of the cluster has 2 tape":
+            request_cancel(bench.ledger, run.run_id, "me")
+
+    with pytest.raises(WorkflowError, match="was cancelled"):
+        bench.executor(bench.project(split=step), look).run()
+    assert [said["step"] for said in bench.events("step_waits_for_node")] == ["split"]
+
+
+def test_a_parameter_that_cannot_be_recorded_is_an_error_of_its_step(bench: Bench) -> None:
+    with pytest.raises(StepError, match="parameter 'grid' cannot be recorded"):
+        bench.run(bench.project(odd={"uses": f"{HERE}.report_odd"}))
+    assert [run.status for run in bench.ledger.runs()] == ["failed"]
+
+
+def test_an_error_of_the_journal_does_not_leave_a_run_running(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*_: Any, **__: Any) -> None:
+        raise TypeError("a bug of ours")
+
+    ran = bench.executor(
+        bench.project(slow={"uses": f"{HERE}.span", "with": {"name": "a"}, "marks": True})
+    )
+    monkeypatch.setattr(ran._ledger, "apply", odd)
+    with pytest.raises(TypeError, match="a bug of ours"):
+        ran.run()
+    assert [run.status for run in bench.ledger.runs()] == ["failed"]
+
+
+def test_a_part_of_a_workflow_is_a_run_of_its_own(bench: Bench) -> None:
+    project = bench.project(
+        part={"uses": f"{HERE}.fail_once", "with": {"effect": 1}, "marks": True},
+        other={"uses": f"{HERE}.split", "with": {"count": 1}},
+    )
+    spec = replace(RunSpec.of(project, directory=bench.marks), only=frozenset({"part"}))
+    with pytest.raises(StepError, match="the first time it fails"):
+        Executor(spec).run()
+    whole, states, _ = bench.run(project)
+    assert states == {"part": "succeeded", "other": "succeeded"}
+    part = Executor(spec).run()
+    assert bench.states(part.run_id) == {"part": "cached"}
+    assert part.run_id != whole.run_id
+    assert len(bench.ledger.runs()) == 2
 
 
 def test_what_is_not_running_cannot_be_cancelled(bench: Bench) -> None:

@@ -65,3 +65,12 @@ def test_calls_that_need_a_process_or_a_clock_of_their_own_travel_alone(
     work = mapped(1000, **step)
     work.took(0.0001)
     assert work.batch(lambda: 1) == 1
+
+
+def test_calls_of_a_batch_that_crashed_travel_alone() -> None:
+    work = mapped(1000)
+    work.took(0.001)
+    work.suspects = {0, 5}
+    assert work.batch(lambda: 4) == 1
+    work.waiting.popleft()
+    assert work.batch(lambda: 4) == 4
