@@ -56,7 +56,8 @@ class Frontier:
         self._open.discard(then)
         # Those that are not done are on their way already.
         lost = [name for name in names if self.outputs.pop(name, None) is not None]
-        self._waits[then] = {n for n in self._graph.after[then] if not self._is_over(n)}
+        for name in (then, *lost):
+            self._waits[name] = {n for n in self._graph.after[name] if not self._is_over(n)}
         self._released += lost
         for name in lost:
             for other in self._follow[name]:

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,9 @@ def test_untracked_programs_and_links_come_back(
 
 def test_packages_are_those_that_python_knows() -> None:
     known: dict[str, str] = {}
-    for found in importlib.metadata.distributions():
+    # Where Ray is imported, packages that lie inside its own are on the path as well.
+    paths = [path for path in sys.path if f"{os.sep}ray{os.sep}" not in path]
+    for found in importlib.metadata.distributions(path=paths):
         name = re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower()
         known.setdefault(name, found.version)
     assert installed_packages() == dict(sorted(known.items()))
