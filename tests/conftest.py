@@ -12,6 +12,8 @@ import pytest
 from postgres_server import PostgresServer
 
 from mlops_ray.cluster.connect import prepare_environment
+from mlops_ray.config import targets
+from mlops_ray.metadata.access import dismiss_writer
 from mlops_ray.metadata.home import Home
 
 
@@ -45,10 +47,20 @@ def postgres() -> Iterator[PostgresServer]:
     yield from postgres_server.serve()
 
 
+@pytest.fixture(autouse=True)
+def allow_list() -> Iterator[None]:
+    """A step that was performed in this process leaves no allow-list behind."""
+    before = list(targets._ALLOWED)
+    yield
+    targets.allow(before)
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    """An empty home."""
-    return Home(tmp_path / "home")
+def home(tmp_path: Path) -> Iterator[Home]:
+    """An empty home. The cluster keeps nothing of it after the test."""
+    made = Home(tmp_path / "home")
+    yield made
+    dismiss_writer(made)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_a_batch_of_any_size_takes_a_few_statements_and_one_commit(ledger: Ledge
 def test_more_keys_than_fit_in_one_query_are_all_found(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_KEYS_PER_QUERY", 7)
+    monkeypatch.setattr(module, "_NAMES_PER_QUERY", 7)
     ledger.apply(finished(item) for item in range(50))
     found = ledger.cached(f"k{item}" for item in range(60))
     assert {key: step.item for key, step in found.items()} == {f"k{n}": n for n in range(50)}
