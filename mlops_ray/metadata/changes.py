@@ -83,15 +83,12 @@ class Changes:
             )
 
 
-def source_state(folder: Path) -> SourceState:
-    """Return what a folder holds. One that was shipped to a cluster knows it from its submission."""
-    return _look(folder)[0]
-
-
 def keep_source(
     folder: Path, artifacts: ArtifactStore | None
 ) -> tuple[SourceState, ArtifactRef | None]:
     """Return what a folder holds, and store its uncommitted changes where there are any.
+
+    A folder that was shipped to a cluster knows it from its submission.
 
     Raises:
         StorageError: The store cannot be written.

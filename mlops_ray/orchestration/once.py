@@ -93,10 +93,6 @@ class Effect:
         finally:
             self._end = _end_after(_LINGER_S)
 
-    def process(self) -> int:
-        """Return the actor's process number."""
-        return os.getpid()
-
 
 def _end_after(wait_s: float) -> threading.Timer:
     timer = threading.Timer(wait_s, os._exit, (0,))

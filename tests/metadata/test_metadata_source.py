@@ -16,7 +16,7 @@ import pytest
 
 from mlops_ray.errors import MlopsRayError
 from mlops_ray.metadata.artifacts import ArtifactStore, open_artifacts
-from mlops_ray.metadata.changes import SHIPPED, SOURCE_VARIABLE, shipped, source_state
+from mlops_ray.metadata.changes import SHIPPED, SOURCE_VARIABLE, keep_source, shipped
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.provenance import collect, installed_packages
 from mlops_ray.metadata.source import make_source
@@ -121,11 +121,11 @@ def test_a_patch_applies_inside_another_repository(
 
 def test_equal_changes_have_one_digest(repository: Path) -> None:
     _work(repository, 0)
-    before = source_state(repository)
+    before = keep_source(repository, None)[0]
     os.utime(repository / "new folder/ü \t.bin", (1, 1))
-    assert source_state(repository / "flights").dirty_digest == before.dirty_digest
+    assert keep_source(repository / "flights", None)[0].dirty_digest == before.dirty_digest
     (repository / "flights/empty").write_bytes(b"1")
-    assert source_state(repository).dirty_digest not in (before.dirty_digest, "clean")
+    assert keep_source(repository, None)[0].dirty_digest not in (before.dirty_digest, "clean")
 
 
 def test_a_job_knows_the_source_that_it_was_shipped_from(
