@@ -17,10 +17,10 @@ _MOST_STORE_BYTES = 2 * 2**30
 
 
 def prepare_environment() -> None:
-    """Set what Ray reads from the environment while it is imported. Call it before ``import ray``.
+    """Set what Ray reads from the environment, and let a Ray that was imported before read it again.
 
-    Token authentication has to be on in every client of a cluster or in none; with the variable set
-    before the import, driver, jobs, HTTP clients and actors agree.
+    Token authentication has to be on in every client of a cluster or in none: driver, jobs, HTTP
+    clients and actors.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Inside a Ray job, what we set is added to the job's own runtime environment, not refused.
@@ -29,6 +29,10 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "ray" in sys.modules and not sys.modules["ray"].is_initialized():
+        from ray import _raylet
+
+        _raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
 def resolve_address(cluster: Cluster) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,15 @@ from mlops_ray.errors import LedgerError
 from mlops_ray.metadata.records import Lease, Write
 
 _MOST_AT_ONCE = 2000
+_GATHER_S = 0.02
+"""How long writes gather that nobody waits for: each commit takes the disk from the steps' outputs."""
 
 
 class Journal:
     """Writes batches to the ledger in a thread of its own, in order, under a lease.
 
-    While one batch is being committed the next one gathers: many small changes cost one commit. A
-    write counts as durable only after ``flush``. The first error stops the journal and is raised by
+    Writes gather for a fiftieth of a second, or while a batch is being committed: many small changes
+    cost one commit. A write counts as durable only after ``flush``, which does not wait for more. The first error stops the journal and is raised by
     every later call.
 
     Args:
@@ -30,6 +33,7 @@ class Journal:
         self._changed = threading.Condition()
         self._waiting: list[Write] = []
         self._written = 0
+        self._wanted = 0
         self._durable = 0
         self._closed = False
         self._error: BaseException | None = None
@@ -58,7 +62,8 @@ class Journal:
             LeaseError: The lease was lost; likewise any other error of a batch.
         """
         with self._changed:
-            wanted = self._written
+            wanted = self._wanted = self._written
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._error is not None or self._durable >= wanted)
             self._raise()
 
@@ -85,11 +90,18 @@ class Journal:
                 self._durable += len(batch) if error is None else 0
                 self._changed.notify_all()
 
+    def _may_gather(self) -> bool:
+        asked = self._closed or self._durable < self._wanted
+        return not asked and len(self._waiting) < _MOST_AT_ONCE
+
     def _next(self) -> list[Write]:
         """Return the next batch; an empty one where there will be none."""
         with self._changed:
             if self._error is None:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
+            until = time.monotonic() + _GATHER_S
+            while self._may_gather() and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
             if self._error is not None:
                 return []
             batch = self._waiting[:_MOST_AT_ONCE]
