@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlops_ray.orchestration.context import Context
     from mlops_ray.orchestration.declare import workflow
     from mlops_ray.orchestration.marks import effect, ensure
-    from mlops_ray.serving.client import AsyncClient, Client
+    from mlops_ray.serving.client.http import AsyncClient, Client
 
 __version__ = "0.1.0"
 
@@ -70,8 +70,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AsyncClient": "mlops_ray.serving.client",
-    "Client": "mlops_ray.serving.client",
+    "AsyncClient": "mlops_ray.serving.client.http",
+    "Client": "mlops_ray.serving.client.http",
     "Context": "mlops_ray.orchestration.context",
     "Run": "mlops_ray.api",
     "Session": "mlops_ray.api",

@@ -12,8 +12,8 @@ from mlops_ray.delivery.rollout import models_of
 from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.load import load_project
-from mlops_ray.serving import app
-from mlops_ray.serving.models import ServedModels
+from mlops_ray.serving.deployment import app
+from mlops_ray.serving.models.loading import ServedModels
 
 
 class Arguments(BaseModel):

@@ -13,7 +13,7 @@ from mlops_ray.metadata.package import Manifest
 from mlops_ray.metadata.types import Endpoint, ModelVersion
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.marks import ensure
-from mlops_ray.serving.models import ModelSpec
+from mlops_ray.serving.models.loading import ModelSpec
 
 
 @ensure
@@ -29,7 +29,7 @@ def deploy(
         RegistryError: The first alias is not set.
         ServingError: The endpoint cannot serve a version. Where it ran, it goes on as before.
     """
-    from mlops_ray.serving.deployment import deploy as serve
+    from mlops_ray.serving.deployment.deploy import deploy as serve
 
     service, models, targets = models_of(context, project, features, aliases)
     endpoint = serve(project, context.home, serving, features, service, models, targets=targets)

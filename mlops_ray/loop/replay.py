@@ -27,7 +27,7 @@ from mlops_ray.loop.recording import (
 )
 from mlops_ray.loop.results import ReplayResult
 from mlops_ray.loop.traffic import Request, Traffic
-from mlops_ray.serving.client import AsyncClient
+from mlops_ray.serving.client.http import AsyncClient
 
 _DAY = timedelta(days=1)
 _POLL_S = 0.2

@@ -57,7 +57,7 @@ def _take_down(project: str) -> None:
     """An endpoint would go on reading the store that is about to be removed."""
     import ray
 
-    from mlops_ray.serving.deployment import remove
+    from mlops_ray.serving.deployment.deploy import remove
 
     with contextlib.suppress(ValueError, MlopsRayError):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")

@@ -72,7 +72,7 @@ def replay(
     from mlops_ray.loop.actor import RemoteMonitor, ensure
     from mlops_ray.loop.replay import Replayer
     from mlops_ray.loop.traffic import Traffic
-    from mlops_ray.serving.client import AsyncClient
+    from mlops_ray.serving.client.http import AsyncClient
 
     labels, found = features.labels, read_tables(tables)
     inputs = tuple(features.services[service].inputs)

@@ -17,8 +17,8 @@ from mlops_ray.metadata.types import Report
 from mlops_ray.monitoring.measurement import Measurement, ServedVersion
 from mlops_ray.monitoring.metrics import MonitorMetrics
 from mlops_ray.monitoring.monitor import reference_counts
-from mlops_ray.serving.client import Client
-from mlops_ray.serving.deployment import flush
+from mlops_ray.serving.client.http import Client
+from mlops_ray.serving.deployment.deploy import flush
 
 
 class ServeWorld:

@@ -19,8 +19,8 @@ class Journal:
     """Writes batches to the ledger in a thread of its own, in order, under a lease.
 
     Writes gather for a fiftieth of a second, or while a batch is being committed: many small changes
-    cost one commit. A write counts as durable only after ``flush``, which does not wait for more. The first error stops the journal and is raised by
-    every later call.
+    cost one commit. A write counts as durable only after ``flush``, which does not wait for more. The
+    first error stops the journal and is raised by every later call.
 
     Args:
         apply: ``Ledger.apply`` or what stands in for it: takes writes and ``fence``.

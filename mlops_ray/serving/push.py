@@ -16,10 +16,17 @@ from mlops_ray.errors import RequestError, ServingError
 from mlops_ray.features.sources.events import check_events
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint
-from mlops_ray.serving import applications, runtime
-from mlops_ray.serving.arrow_body import read_stream
-from mlops_ray.serving.asgi import Message, Receive, Send, error_content, read_body, respond
-from mlops_ray.serving.placement import roots_of, runtime_environment
+from mlops_ray.serving.deployment import applications, runtime
+from mlops_ray.serving.deployment.placement import roots_of, runtime_environment
+from mlops_ray.serving.endpoint.asgi import (
+    Message,
+    Receive,
+    Send,
+    error_content,
+    read_body,
+    respond,
+)
+from mlops_ray.serving.formats.arrow_body import read_stream
 
 ROUTE = "/v1/features"
 IMPORT_PATH = "mlops_ray.serving.push:build"

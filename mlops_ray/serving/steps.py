@@ -11,7 +11,7 @@ from mlops_ray.metadata import package as packages
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.marks import effect, ensure
-from mlops_ray.serving.batch import BatchResult, score_batch
+from mlops_ray.serving.batch.scoring import BatchResult, score_batch
 
 
 @effect

@@ -18,9 +18,9 @@ from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Report
 from mlops_ray.orchestration.context import Context, Silent
 from mlops_ray.registry.registry import Registry
-from mlops_ray.serving.client import Client
-from mlops_ray.serving.deployment import remove
-from mlops_ray.serving.runtime import running
+from mlops_ray.serving.client.http import Client
+from mlops_ray.serving.deployment.deploy import remove
+from mlops_ray.serving.deployment.runtime import running
 
 PROJECT = "shop_rollout"
 REPORT = Report(rows=10, positives=5, auc=0.7, log_loss=0.6, calibration_error=0.1)

@@ -30,7 +30,7 @@ from mlops_ray.metadata.profile import Counts, Reference
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.monitoring.measurement import Measurement, ServedVersion
 from mlops_ray.orchestration.jobs import JobCommand, JobOutcome
-from mlops_ray.serving.client import AsyncClient
+from mlops_ray.serving.client.http import AsyncClient
 
 START = datetime(2013, 3, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

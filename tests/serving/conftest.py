@@ -43,8 +43,8 @@ def local(shop_home: Home, packages: list[Path], tmp_path: Path) -> LocalShop:
 @pytest.fixture(scope="module")
 def served(ray_cluster: Any, shop_home: Home, packages: list[Path]) -> Iterator[Served]:
     """The shop served in throughput mode; taken down at the end of the module."""
-    from mlops_ray.serving.deployment import remove
-    from mlops_ray.serving.runtime import running
+    from mlops_ray.serving.deployment.deploy import remove
+    from mlops_ray.serving.deployment.runtime import running
 
     found = running()
     serving = Serving(port=found[0] if found else free_port(), max_body_bytes=200_000)

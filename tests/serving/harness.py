@@ -18,8 +18,8 @@ from mlops_ray.features.service import feature_columns
 from mlops_ray.metadata.delta import Delta
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint as Address
-from mlops_ray.serving.endpoint import Endpoint
-from mlops_ray.serving.models import ModelLoader, ModelSpec
+from mlops_ray.serving.endpoint.endpoint import Endpoint
+from mlops_ray.serving.models.loading import ModelLoader, ModelSpec
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Served:
     address: Address
 
     def deploy(self, *versions: int, project: str = "shop", **more: Any) -> Address:
-        from mlops_ray.serving.deployment import deploy
+        from mlops_ray.serving.deployment.deploy import deploy
 
         names = ["champion", "first", "second"]
         specs = [

@@ -20,7 +20,7 @@ from mlops_ray.metadata import package
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.orchestration.context import Context
-from mlops_ray.serving.batch import BatchResult, score_batch
+from mlops_ray.serving.batch.scoring import BatchResult, score_batch
 from mlops_ray.training.inference import Predictor
 
 HOURS = 4

@@ -18,8 +18,9 @@ from serving.harness import Served, same
 
 from mlops_ray.errors import RequestError, ServingError
 from mlops_ray.metadata.delta import MONITOR_ACTOR, MONITOR_NAMESPACE
-from mlops_ray.serving import deployment, runtime
-from mlops_ray.serving.client import AsyncClient, Client
+from mlops_ray.serving.client.http import AsyncClient, Client
+from mlops_ray.serving.deployment import deploy as deployment
+from mlops_ray.serving.deployment import runtime
 
 PREDICT = "/v1/models/shop/predict"
 

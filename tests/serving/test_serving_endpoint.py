@@ -20,7 +20,7 @@ from serving.harness import LocalShop, same
 from mlops_ray.errors import ServingError
 from mlops_ray.metadata import package
 from mlops_ray.metadata.home import Home
-from mlops_ray.serving.prediction_log import MAX_PENDING_ROWS, PredictionLog
+from mlops_ray.serving.log.prediction_log import MAX_PENDING_ROWS, PredictionLog
 from mlops_ray.training.inference import Predictor
 
 PREDICT = "/v1/models/shop/predict"
@@ -297,7 +297,7 @@ async def test_the_last_rows_are_written_at_the_end(local: LocalShop) -> None:
 
 def test_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_PENDING_ROWS >= 100_000
-    monkeypatch.setattr("mlops_ray.serving.prediction_log.MAX_PENDING_ROWS", 3)
+    monkeypatch.setattr("mlops_ray.serving.log.prediction_log.MAX_PENDING_ROWS", 3)
     (tmp_path / "predictions").write_text("no folder")
 
     async def fill() -> PredictionLog:

@@ -25,8 +25,9 @@ from mlops_ray.features.columns import INSTANT
 from mlops_ray.features.store import FeatureStore
 from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration.context import Context
-from mlops_ray.serving import push, runtime
-from mlops_ray.serving.deployment import remove
+from mlops_ray.serving import push
+from mlops_ray.serving.deployment import runtime
+from mlops_ray.serving.deployment.deploy import remove
 from mlops_ray.serving.steps import push_endpoint
 
 ARROW = {"content-type": "application/vnd.apache.arrow.stream"}

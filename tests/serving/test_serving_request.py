@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlops_ray.config.features import RequestField
 from mlops_ray.errors import RequestError
-from mlops_ray.serving.request import RequestSchema, parse_feedback
+from mlops_ray.serving.formats.request import RequestSchema, parse_feedback
 
 NOW = datetime(2024, 3, 1, tzinfo=UTC)
 INPUTS = {

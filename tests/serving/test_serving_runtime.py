@@ -14,7 +14,7 @@ import pytest
 
 from mlops_ray.config.serving import Serving
 from mlops_ray.errors import ServingError
-from mlops_ray.serving import runtime
+from mlops_ray.serving.deployment import runtime
 
 
 def test_port_in_use_is_named() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlops_ray.serving.traces import root_cause
+from mlops_ray.serving.deployment.traces import root_cause
 
 CHAINED = """ray::Worker.run() (pid=1)
 Traceback (most recent call last):

@@ -24,8 +24,8 @@ from mlops_ray.features.definitions import ARROW_TYPES
 from mlops_ray.metadata.delta import LABEL_SCHEMA, Delta, prediction_schema
 from mlops_ray.metadata.files import sync
 from mlops_ray.metadata.profile import Profile
-from mlops_ray.serving.models import Columns, ModelSet
-from mlops_ray.serving.request import Feedback
+from mlops_ray.serving.formats.request import Feedback
+from mlops_ray.serving.models.loading import Columns, ModelSet
 
 logger = logging.getLogger(__name__)
 

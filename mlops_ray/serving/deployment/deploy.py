@@ -16,9 +16,9 @@ from mlops_ray.errors import ServingError
 from mlops_ray.features.service import on_demand_views
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint
-from mlops_ray.serving import runtime
-from mlops_ray.serving.app import DEPLOYMENT, IMPORT_PATH, Settings
-from mlops_ray.serving.applications import (
+from mlops_ray.serving.deployment import runtime
+from mlops_ray.serving.deployment.app import DEPLOYMENT, IMPORT_PATH, Settings
+from mlops_ray.serving.deployment.applications import (
     POLL_S,
     READY_TIMEOUT_S,
     Config,
@@ -29,8 +29,8 @@ from mlops_ray.serving.applications import (
     not_ready,
     put,
 )
-from mlops_ray.serving.models import ModelSpec, ServedModels
-from mlops_ray.serving.placement import roots_of, runtime_environment
+from mlops_ray.serving.deployment.placement import roots_of, runtime_environment
+from mlops_ray.serving.models.loading import ModelSpec, ServedModels
 
 FLUSH_TIMEOUT_S = 30.0
 

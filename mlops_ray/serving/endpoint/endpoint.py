@@ -24,10 +24,17 @@ from mlops_ray.config.features import Features
 from mlops_ray.config.serving import Serving
 from mlops_ray.errors import RequestError, ServingError
 from mlops_ray.metadata.home import Home
-from mlops_ray.serving.asgi import Message, Receive, Send, error_content, read_body, respond
-from mlops_ray.serving.models import Columns, ModelLoader, ModelSet, ServedModels
-from mlops_ray.serving.prediction_log import Answered, PredictionLog, Sink
-from mlops_ray.serving.request import RequestSchema, parse_feedback
+from mlops_ray.serving.endpoint.asgi import (
+    Message,
+    Receive,
+    Send,
+    error_content,
+    read_body,
+    respond,
+)
+from mlops_ray.serving.formats.request import RequestSchema, parse_feedback
+from mlops_ray.serving.log.prediction_log import Answered, PredictionLog, Sink
+from mlops_ray.serving.models.loading import Columns, ModelLoader, ModelSet, ServedModels
 
 Handler = Callable[[bytes, bool], Awaitable[Any]]
 

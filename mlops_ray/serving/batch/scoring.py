@@ -27,7 +27,7 @@ from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.service import find_service, inputs_of, on_demand_features, stored_columns
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.orchestration.context import Context
-from mlops_ray.serving.traces import root_cause
+from mlops_ray.serving.deployment.traces import root_cause
 
 SCORE, LABEL, VERSION = "score", "predicted_label", "model_version"
 

@@ -13,11 +13,11 @@ from pydantic import BaseModel
 from mlops_ray.config.features import Features
 from mlops_ray.config.serving import Serving
 from mlops_ray.metadata.home import Home
-from mlops_ray.serving.endpoint import Endpoint
-from mlops_ray.serving.models import ModelLoader
-from mlops_ray.serving.sink import MonitorSink
+from mlops_ray.serving.endpoint.endpoint import Endpoint
+from mlops_ray.serving.log.sink import MonitorSink
+from mlops_ray.serving.models.loading import ModelLoader
 
-IMPORT_PATH = "mlops_ray.serving.app:build"
+IMPORT_PATH = "mlops_ray.serving.deployment.app:build"
 DEPLOYMENT = "endpoint"
 
 _DRAIN_TIMEOUT_S = 20.0

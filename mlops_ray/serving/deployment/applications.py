@@ -13,7 +13,7 @@ from typing import Any
 
 from mlops_ray.errors import ServingError
 from mlops_ray.metadata.home import Home
-from mlops_ray.serving.traces import root_cause
+from mlops_ray.serving.deployment.traces import root_cause
 
 READY_TIMEOUT_S = 180.0
 POLL_S = 0.1

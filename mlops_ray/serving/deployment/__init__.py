@@ -1,0 +1,1 @@
+"""Endpoints on Ray Serve: how they are started, changed, found and removed."""

@@ -1,0 +1,1 @@
+"""Answering requests: from the bytes that come to the bytes that go."""

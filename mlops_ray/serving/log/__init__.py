@@ -1,0 +1,1 @@
+"""The prediction log: what was answered and told, and where it is kept."""
