@@ -13,7 +13,7 @@ from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.load import load_project
 from mlops_ray.serving.deployment import app
-from mlops_ray.serving.models.loading import ServedModels
+from mlops_ray.serving.models.served import ServedModels
 
 
 class Arguments(BaseModel):
@@ -46,6 +46,6 @@ def build(args: dict[str, Any]) -> Any:
         service=service,
         roots=tuple(str(root) for root in workspace.projects),
     )
-    served = ServedModels(answer=models[0], shadows=tuple(models[1:]), epoch=0)
+    served = ServedModels.of(models, project.serving.routing)
     arguments = settings.model_dump(mode="json", by_alias=True)
     return app.bind(arguments, served.model_dump(mode="json"))

@@ -13,7 +13,7 @@ from mlops_ray.metadata.package import Manifest
 from mlops_ray.metadata.types import Endpoint, ModelVersion
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.marks import ensure
-from mlops_ray.serving.models.loading import ModelSpec
+from mlops_ray.serving.models.served import ModelSpec
 
 
 @ensure

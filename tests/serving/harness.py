@@ -19,7 +19,8 @@ from mlops_ray.metadata.delta import Delta
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint as Address
 from mlops_ray.serving.endpoint.endpoint import Endpoint
-from mlops_ray.serving.models.loading import ModelLoader, ModelSpec
+from mlops_ray.serving.models.loading import ModelLoader
+from mlops_ray.serving.models.served import ModelSpec
 
 
 @dataclass

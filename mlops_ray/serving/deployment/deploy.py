@@ -30,7 +30,7 @@ from mlops_ray.serving.deployment.applications import (
     put,
 )
 from mlops_ray.serving.deployment.placement import roots_of, runtime_environment
-from mlops_ray.serving.models.loading import ModelSpec, ServedModels
+from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
 FLUSH_TIMEOUT_S = 30.0
 
@@ -46,7 +46,8 @@ def deploy(
     targets: Iterable[str] = (),
     timeout_s: float = READY_TIMEOUT_S,
 ) -> Endpoint:
-    """Make the endpoint of ``project`` serve ``models``: the first answers, the others shadow it.
+    """Make the endpoint of ``project`` serve ``models``: the first answers, those that
+    ``serving.routing`` gives a share answer theirs, the others run in shadow.
 
     Starts Serve where it does not run. An endpoint that runs changes its models in place, without
     dropping a request; changed code or declarations start new replicas before the old ones go.
@@ -91,9 +92,7 @@ def _deploy(
         roots=tuple(relative),
     )
     before = _served(previous)
-    served = ServedModels(
-        answer=models[0], shadows=tuple(models[1:]), epoch=before.epoch if before else 0
-    )
+    served = ServedModels.of(models, serving.routing, before.epoch if before else 0)
     wanted = _application(settings, environment, _prefix(current, project))
     if previous != _with_models(wanted, served):
         served = served.model_copy(update={"epoch": _new_epoch()})

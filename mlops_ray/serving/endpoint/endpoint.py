@@ -34,7 +34,8 @@ from mlops_ray.serving.endpoint.asgi import (
 )
 from mlops_ray.serving.formats.request import RequestSchema, parse_feedback
 from mlops_ray.serving.log.prediction_log import Answered, PredictionLog, Sink
-from mlops_ray.serving.models.loading import Columns, ModelLoader, ModelSet, ServedModels
+from mlops_ray.serving.models.loading import Columns, ModelLoader, ModelSet
+from mlops_ray.serving.models.served import ServedModels
 
 Handler = Callable[[bytes, bool], Awaitable[Any]]
 
@@ -126,9 +127,7 @@ class Endpoint:
             "versions": {} if models is None else models.versions,
             "answer": None if models is None else models.answer.spec.alias,
             "epoch": None if models is None else models.served.epoch,
-            "packages": {}
-            if models is None
-            else {m.spec.alias: m.spec.path for m in (models.answer, *models.shadows)},
+            "packages": {} if models is None else {m.spec.alias: m.spec.path for m in models.all},
             "refused": self._refused,
             "replica": self._replica,
             "mode": "throughput"
@@ -170,7 +169,7 @@ class Endpoint:
 
     async def _flush_repeatedly(self) -> None:
         while True:
-            await asyncio.sleep(self._serving.flush_every.total_seconds())
+            await asyncio.sleep(self._serving.log.report_every.total_seconds())
             try:
                 await self._log.flush()
             except Exception:

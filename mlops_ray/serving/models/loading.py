@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from mlops_ray.config.base import Frozen
 from mlops_ray.errors import ServingError
 from mlops_ray.metadata.package import Package
 from mlops_ray.metadata.profile import Reference
+from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
 Columns = dict[str, NDArray[Any]]
 
@@ -24,30 +23,6 @@ class Scorer(Protocol):
 
     def predict(self, columns: Columns) -> NDArray[np.float64]:
         """Return one score in [0, 1] for each row of the feature columns."""
-
-
-class ModelSpec(Frozen):
-    """Which package serves under which alias."""
-
-    alias: str
-    version: int
-    path: str
-
-
-class ServedModels(Frozen):
-    """The user config of the deployment: which models to serve. ``epoch`` tells changes apart."""
-
-    answer: ModelSpec
-    shadows: tuple[ModelSpec, ...] = ()
-    epoch: int = 0
-
-    @classmethod
-    def parse(cls, value: Any) -> ServedModels:
-        """Read it from the JSON value that Serve hands over. ServingError where it is none."""
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            raise ServingError("the deployment's user_config is wrong", why=str(error)) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +38,25 @@ class LoadedModel:
 
 @dataclass(frozen=True, eq=False)
 class ModelSet:
-    """The models of one epoch. Replaced as a whole, never changed."""
+    """The models of one epoch. Replaced as a whole, never changed.
+
+    ``challengers`` are in the order of ``served.challengers``, where their shares are.
+    """
 
     served: ServedModels
     answer: LoadedModel
     shadows: tuple[LoadedModel, ...]
+    challengers: tuple[LoadedModel, ...] = ()
+
+    @property
+    def all(self) -> tuple[LoadedModel, ...]:
+        """All models, the answering one first."""
+        return (self.answer, *self.challengers, *self.shadows)
 
     @property
     def versions(self) -> dict[str, int]:
         """Version by alias, the answering one first."""
-        return {model.spec.alias: model.spec.version for model in (self.answer, *self.shadows)}
+        return {model.spec.alias: model.spec.version for model in self.all}
 
     def shadow_scores(
         self, columns: Columns, scores: NDArray[np.float64]
@@ -102,14 +86,13 @@ class ModelLoader:
         Raises:
             ServingError: a package is broken or does not fit the endpoint; names the version.
         """
-        held = (
-            {} if current is None else {m.spec.path: m for m in (current.answer, *current.shadows)}
-        )
-        for spec in (served.answer, *served.shadows):
+        held = {} if current is None else {m.spec.path: m for m in current.all}
+        for spec in served.all:
             if spec.path not in held:
                 held[spec.path] = self._load(spec)
-        loaded = [_renamed(held[spec.path], spec) for spec in (served.answer, *served.shadows)]
-        return ModelSet(served, loaded[0], tuple(loaded[1:]))
+        loaded = [_renamed(held[spec.path], spec) for spec in served.all]
+        last = 1 + len(served.challengers)
+        return ModelSet(served, loaded[0], tuple(loaded[last:]), tuple(loaded[1:last]))
 
     def _load(self, spec: ModelSpec) -> LoadedModel:
         from mlops_ray.metadata import package
