@@ -23,15 +23,21 @@ def models() -> None:
     """List registered models, or show one version with its lineage."""
 
 
-@models.command("list", short_help="List the versions of a model.")
-@click.argument("name")
+@models.command("list", short_help="List the versions of a model, or of all.")
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_versions(name: str, as_json: bool) -> None:
-    """List the versions of model NAME, with their aliases and metrics."""
+def list_versions(name: str | None, as_json: bool) -> None:
+    """List the versions of model NAME, or of all models, with their aliases and metrics."""
     registry = _registry()
-    described = [registry.describe(f"{name}@{v.version}") for v in registry.versions(name)]
+    names = [name] if name else registry.models()
+    described = [
+        registry.describe(f"{model}@{version.version}")
+        for model in names
+        for version in registry.versions(model)
+    ]
     if not described:
-        raise RegistryError(f"there is no model {name!r}", fix="run the train workflow first")
+        what = f"there is no model {name!r}" if name else "no model is registered"
+        raise RegistryError(what, fix="run the train workflow first")
     if as_json:
         click.echo(json.dumps(described, default=str, indent=2))
         return
@@ -41,7 +47,7 @@ def list_versions(name: str, as_json: bool) -> None:
     for item in described:
         report, lineage = item["report"], item["lineage"]
         table.add_row(
-            f"{name}@{item['version']}",
+            f"{item['name']}@{item['version']}",
             ", ".join(item.get("aliases", [])),
             _number(report["auc"]),
             _number(report["log_loss"]),

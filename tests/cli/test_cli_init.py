@@ -235,9 +235,10 @@ def test_a_new_project_trains_a_champion(ray_cluster: Any, command: Any, tmp_pat
     states = {step.name: step.status for step in Ledger(home.ledger_url).steps(record.run_id)}
     assert record.status == "succeeded"
     assert set(states.values()) == {"succeeded"}, states
-    shown = command("-C", NAME, "models", "list", NAME).out
+    shown = command("-C", NAME, "models", "list").out
     assert f"{NAME}@1" in shown
     assert "champion" in shown
+    assert command("-C", NAME, "models", "list", NAME).out == shown
     again = command("-C", NAME, "plan", "training.epochs=1").out
     assert "has effects" in again
 

@@ -281,7 +281,7 @@ def test_status_lists_runs_and_shows_one(command: Any, project: Path) -> None:
     assert "there is no run 'run-9'" in missing.err
 
 
-@pytest.mark.parametrize("arguments", [("list", NAME), ("show", f"{NAME}@champion")])
+@pytest.mark.parametrize("arguments", [("list",), ("list", NAME), ("show", f"{NAME}@champion")])
 def test_models_where_nothing_is_registered(
     command: Any, project: Path, arguments: tuple[str, ...]
 ) -> None:
