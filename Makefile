@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup servers demo demo-quick test lint types imports unit bench-quick format lock clean
+.PHONY: help setup servers demo demo-quick test lint types imports unit bench-quick format grpc lock clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV), everything installed as locked; servers for the tests"
@@ -50,12 +50,17 @@ unit: setup
 
 # Keeps the benchmarks alive; figures come from `python -m benchmarks NAME`, on a quiet machine.
 bench-quick: setup
-	@for name in asof_join online_read materialize orchestration pipeline; do \
+	@for name in asof_join online_read materialize orchestration pipeline serving; do \
 	  $(BIN)/python -m benchmarks $$name --quick --json || exit 1; done
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Writes the descriptors that the gRPC service reads; a test compares them with the .proto file.
+grpc: setup
+	$(BIN)/python -m grpc_tools.protoc -I mlops_ray/serving/grpc \
+	  --descriptor_set_out=mlops_ray/serving/grpc/open_inference.binpb open_inference.proto
 
 # Writes the versions that are installed now; edit pyproject.toml and reinstall first.
 lock: setup

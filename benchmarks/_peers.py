@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import venv
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = Path(__file__).parent / "peers"
@@ -36,16 +37,31 @@ class Worker:
     """A peer's process that answers one JSON line to each.
 
     Args:
-        peer: Whose environment.
+        peer: Whose environment; None is this one, with the benchmarks on its path.
         script: A file of this folder; it reads lines from stdin and prints its answers.
         arguments: What it is started with.
+        log: Where what it says on stderr goes; None is this process's own.
     """
 
-    def __init__(self, peer: str, script: str, *arguments: str) -> None:
-        command = [str(python(peer)), str(Path(__file__).parent / script), *arguments]
+    def __init__(
+        self, peer: str | None, script: str, *arguments: str, log: IO[str] | None = None
+    ) -> None:
+        interpreter = sys.executable if peer is None else str(python(peer))
+        command = [interpreter, str(Path(__file__).parent / script), *arguments]
+        environment = os.environ | ({"PYTHONPATH": str(ROOT)} if peer is None else {})
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
         )
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
 
     def __call__(self, *request: Any) -> Any:
         """Send a request; return the answer."""

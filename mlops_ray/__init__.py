@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from mlops_ray.orchestration.context import Context
     from mlops_ray.orchestration.declare import workflow
     from mlops_ray.orchestration.marks import effect, ensure
+    from mlops_ray.serving.client.hedging import Hedging
     from mlops_ray.serving.client.http import AsyncClient, Client
+    from mlops_ray.serving.client.results import Explanation, Prediction
+    from mlops_ray.serving.client.retries import Retries
 
 __version__ = "0.1.0"
 
@@ -45,14 +48,18 @@ __all__ = [
     "Context",
     "DataError",
     "ExpectationError",
+    "Explanation",
     "FeatureStoreError",
+    "Hedging",
     "JobRefusedError",
     "LeaseError",
     "LedgerError",
     "MlopsRayError",
     "MonitoringError",
+    "Prediction",
     "RegistryError",
     "RequestError",
+    "Retries",
     "Run",
     "SchemaError",
     "ServingError",
@@ -73,6 +80,10 @@ _LAZY = {
     "AsyncClient": "mlops_ray.serving.client.http",
     "Client": "mlops_ray.serving.client.http",
     "Context": "mlops_ray.orchestration.context",
+    "Explanation": "mlops_ray.serving.client.results",
+    "Hedging": "mlops_ray.serving.client.hedging",
+    "Prediction": "mlops_ray.serving.client.results",
+    "Retries": "mlops_ray.serving.client.retries",
     "Run": "mlops_ray.api",
     "Session": "mlops_ray.api",
     "connect": "mlops_ray.api",

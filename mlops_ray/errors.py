@@ -175,15 +175,25 @@ class ServingError(MlopsRayError):
 
 
 class RequestError(ServingError):
-    """One request is refused. ``status`` is the HTTP status; ``field`` and ``row`` say where."""
+    """One request is refused. ``status`` is the HTTP status; ``field`` and ``row`` say where.
+
+    With ``retry_after_s``, nothing was done, and the same request may succeed so much later.
+    """
 
     def __init__(
-        self, what: str, *, status: int = 422, field: str | None = None, row: int | None = None
+        self,
+        what: str,
+        *,
+        status: int = 422,
+        field: str | None = None,
+        row: int | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(what)
         self.status = status
         self.field = field
         self.row = row
+        self.retry_after_s = retry_after_s
 
 
 class MonitoringError(MlopsRayError):

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs the servers that tests and benchmarks start for themselves: Redis and PostgreSQL. Does
-# nothing where they are there. They are only installed, never left running as a service.
+# Installs the programs that tests and benchmarks start for themselves: the servers Redis and
+# PostgreSQL, and wrk, which sends requests. Does nothing where they are there. They are only
+# installed, never left running as a service.
 set -eu
 
 # Debian keeps PostgreSQL's server out of the path.
@@ -11,8 +12,9 @@ has_postgres() {
 missing=
 command -v redis-server >/dev/null 2>&1 || missing="redis-server"
 has_postgres || missing="$missing postgresql"
+command -v wrk >/dev/null 2>&1 || missing="$missing wrk"
 if [ -z "$missing" ]; then
-  echo "servers: redis-server and postgresql, already installed"
+  echo "servers: redis-server, postgresql and wrk, already installed"
   exit 0
 fi
 

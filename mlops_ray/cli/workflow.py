@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -85,6 +85,25 @@ def submit(overrides: tuple[str, ...], address: str | None, no_wait: bool) -> No
             f"job {job} ended as {status.lower()}",
             fix=f"see its log with `ray job logs {job}`",
         )
+
+
+def run_declared(overrides: list[str], step: str) -> Any:
+    """Run a workflow that a verb has put together; return the output of one of its steps.
+
+    Raises:
+        ConfigError: The configuration has problems.
+        StepError: A step failed.
+    """
+    from mlops_ray.cli.display import RunDisplay
+    from mlops_ray.cluster.running import run_workflow
+
+    workspace, project = _load(overrides)
+    with RunDisplay(project.name, project.workflow.name) as display:
+        executor, record = run_workflow(
+            workspace, project, overrides, listener=display.update, say=display.say
+        )
+    _mirror(project)
+    return executor.output(record.run_id, step)
 
 
 def _echo(text: str) -> None:

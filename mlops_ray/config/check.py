@@ -23,6 +23,9 @@ from mlops_ray.errors import ConfigError, Problem
 OWN_PACKAGE = "mlops_ray"
 _TARGET_KEYS = ("_target_", "uses", "read", "clean", "function", "check")
 _INPUT_KEYS = ("_target_",)
+_TARGET_PATHS = re.compile(
+    r"model\.target|serving\.autoscaling\.policy|serving\.graph\.(before|after)\.\d+"
+)
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _GIVEN_BY_TRAINER = frozenset({"num_numeric", "cardinalities"})
 _GIVEN_BY_RUN = frozenset({"context"})
@@ -173,7 +176,7 @@ def _targets(
     if isinstance(value, dict):
         for key, item in value.items():
             here = f"{path}.{key}" if path else str(key)
-            if isinstance(item, str) and (key in keys or here == "model.target"):
+            if isinstance(item, str) and key in keys:
                 if key in ("_target_", "uses") or _DOTTED.fullmatch(item):
                     yield here, item
             else:
@@ -183,6 +186,8 @@ def _targets(
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _targets(item, f"{path}.{index}", keys)
+    elif isinstance(value, str) and _TARGET_PATHS.fullmatch(path) and _DOTTED.fullmatch(value):
+        yield path, value
 
 
 def _schema_problems(error: ValidationError, composed: Composed) -> Iterator[Problem]:

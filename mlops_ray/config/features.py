@@ -303,8 +303,9 @@ class Offline(Frozen):
 class Online(Frozen):
     """Where the newest features lie for serving: LMDB in a folder, or Redis.
 
-    ``url`` is a Redis URL. A Redis that does not answer within ``timeout`` is an error, or with
-    ``on_failure: missing`` makes reads say NOT_FOUND for every feature until it answers again.
+    ``url`` is a Redis URL. Where the store cannot be read (a Redis does not answer within
+    ``timeout``), ``on_failure`` says what reads do until it can: ``error`` raises, ``missing`` finds
+    nothing, ``stale`` finds what the reader itself read last of an entity.
 
     LMDB has to lie on a disk of the machine that reads it. On a cluster of several machines, name in
     ``copies`` a folder of each machine's own: there an actor keeps a copy of what is committed
@@ -314,7 +315,7 @@ class Online(Frozen):
     store: Literal["lmdb", "redis"] = "lmdb"
     url: str = "redis://localhost:6379/0"
     timeout: Duration = Field(default="1s", validate_default=True)
-    on_failure: Literal["error", "missing"] = "error"
+    on_failure: Literal["error", "missing", "stale"] = "error"
     copies: str = ""
     copy_every: Duration = Field(default="5s", validate_default=True)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mlops_ray.config.base import Frozen, Instant
+from mlops_ray.config.batch import BatchPredict
 from mlops_ray.config.features import Features
 from mlops_ray.config.monitoring import Loop, Monitoring, Replay
 from mlops_ray.config.serving import Serving
@@ -28,16 +29,6 @@ class Cluster(Frozen):
     num_cpus: int | None = Field(default=None, ge=1)
     object_store_bytes: int | None = Field(default=None, ge=80_000_000)
     dashboard_port: int = Field(default=8265, ge=1, le=65535)
-
-
-class BatchPredict(Frozen):
-    """Batch scoring from the registry. ``input`` and ``output`` are Parquet files or folders."""
-
-    model: str
-    input: Path
-    output: Path
-    batch_rows: int = Field(default=4096, ge=1)
-    workers: int = Field(default=1, ge=1)
 
 
 class Project(Frozen):

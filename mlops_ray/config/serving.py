@@ -94,16 +94,17 @@ class Batching(Frozen):
 class PredictionLog(Frozen):
     """What is kept of answered requests.
 
-    ``durability``: with ``interval`` an answer is on disk at most ``every`` later, which is what a
-    killed replica can lose; with ``answered`` it is on disk before the client has it. A share
-    ``sample`` of the requests is kept, chosen by prediction id; of the others only what the monitor
-    counts. Fields in ``redact`` are kept as a keyed digest. What is older than ``keep`` is removed.
-    Every ``compact_every``, what replicas have written goes into one Delta table.
+    ``durability``: with ``interval`` an answer is on disk at most ``every`` later, and the time of one
+    write, which is what a killed replica can lose; with ``answered`` it is on disk before the client
+    has it. A share ``sample`` of the predictions is kept, chosen by their ids; of the others only
+    what the monitor counts. Inputs and features named in ``redact`` are kept as a keyed digest: a
+    feature that is made of a redacted input is not redacted unless it is named, too. What is older
+    than ``keep`` is removed, by whole days. Every ``compact_every``, what replicas have written goes
+    into one Delta table.
     """
 
     durability: Literal["interval", "answered"] = "interval"
     every: Duration = Field(default="200ms", validate_default=True)
-    report_every: Duration = Field(default="2s", validate_default=True)
     compact_every: Duration = Field(default="10m", validate_default=True)
     sample: Annotated[float, Field(ge=0, le=1)] = 1.0
     redact: tuple[str, ...] = ()

@@ -16,6 +16,11 @@ def allow(packages: Iterable[str]) -> None:
     _ALLOWED[:] = packages
 
 
+def allowed() -> tuple[str, ...]:
+    """Return the packages that ``load`` loads from in this process; none where it may from all."""
+    return tuple(_ALLOWED)
+
+
 def load(target: str) -> Any:
     """Import and return what ``package.module.name`` names.
 

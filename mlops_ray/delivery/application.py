@@ -13,6 +13,7 @@ from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.load import load_project
 from mlops_ray.serving.deployment import app
+from mlops_ray.serving.deployment.deploy import options_of, settings_of
 from mlops_ray.serving.models.served import ServedModels
 
 
@@ -38,14 +39,10 @@ def build(args: dict[str, Any]) -> Any:
     project = load_project(workspace, wanted.overrides)
     context = Context(project.name, Home(project.home))
     service, models, _ = models_of(context, project.name, project.features, wanted.aliases)
-    settings = app.Settings(
-        project=project.name,
-        home=project.home,
-        serving=project.serving,
-        features=project.features,
-        service=service,
-        roots=tuple(str(root) for root in workspace.projects),
+    roots = [str(root) for root in workspace.projects]
+    settings = settings_of(
+        project.name, context.home, project.serving, project.features, service, models, roots
     )
     served = ServedModels.of(models, project.serving.routing)
     arguments = settings.model_dump(mode="json", by_alias=True)
-    return app.bind(arguments, served.model_dump(mode="json"))
+    return app.bind(arguments, options_of(project.serving, settings, served))

@@ -6,6 +6,7 @@ import numpy as np
 
 from mlops_ray.config.features import Features
 from mlops_ray.features.online import OnlineStore
+from mlops_ray.features.online.reader import Reads
 from mlops_ray.features.service import (
     Columns,
     feature_columns,
@@ -37,6 +38,21 @@ class OnlineLookup:
             tuple(features.entities[features.views[v].entity].keys) for v in declared.views
         ]
         self._reader = store.reader(declared.views) if declared.views else None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The inputs that are entity keys, each once."""
+        return tuple(dict.fromkeys(key for names in self._keys for key in names))
+
+    @property
+    def degraded(self) -> str:
+        """What the last call did without the store: ``missing`` or ``stale``; nothing as a rule."""
+        return "" if self._reader is None else self._reader.degraded
+
+    @property
+    def reads(self) -> dict[str, Reads]:
+        """What was read of each view so far."""
+        return {} if self._reader is None else self._reader.reads
 
     def __call__(self, inputs: Columns) -> Columns:
         """Return every feature column of the service, numeric ones first, in the model's order.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pyarrow import ipc
 
 from mlops_ray.config.base import Frozen, Instant
 from mlops_ray.config.features import Features
@@ -27,15 +25,15 @@ from mlops_ray.features.service import (
     on_demand_features,
     stored_columns,
 )
+from mlops_ray.metadata.prediction_log.layout import REDACTED
+from mlops_ray.metadata.prediction_log.reading import scan_predictions
 
 TIME, INPUTS, FEATURES = "time", "inputs", "features"
 WINDOW = timedelta(days=1)
 """How much of the log a run looks at unless it is told more."""
 
 _EXAMPLES = 3
-_BATCH_ROWS = 100_000
 _ALWAYS = np.iinfo(np.int64).max
-_FILES_REMEMBERED = 16
 
 
 class Difference(Frozen):
@@ -108,7 +106,7 @@ def check_parity(
         features: The declarations.
         service: The service whose requests were logged.
         store: The offline store.
-        log: The folder with the prediction log's files.
+        log: The project's prediction log.
         since: Earliest request time; without it ``window`` says how far back to look.
         until: Latest request time, if any.
         window: How long before the newest request that can be compared; None or zero looks at the
@@ -123,8 +121,8 @@ def check_parity(
         since = _window_start(log, window, known_us, until)
     tally = {name: _Tally(name) for name in (*numeric, *categorical)}
     rows = waiting = without = 0
-    for batch in _logged(log, since, until):
-        found = batch.filter(_is_whole(batch))
+    for batch in scan_predictions(log, since=since, until=until):
+        found = batch.filter(pa.array(_is_whole(batch)))
         without += batch.num_rows - found.num_rows
         if known_us is not None:
             known = found.filter(pc.less_equal(found[TIME], pa.scalar(known_us, INSTANT)))
@@ -180,40 +178,23 @@ def _window_start(
     """Return ``window`` before the newest logged time that can be compared, None without one."""
     end_us = known_us if until is None else min(known_us, to_us(until))
     newest_us = None
-    for file in log.glob("*.arrow"):
-        with pa.memory_map(str(file)) as source:
-            times = ipc.open_file(source).read_all()[TIME].cast(pa.int64())
-        file_us = pc.max(times.filter(pc.less_equal(times, end_us))).as_py()
-        if file_us is not None:
-            newest_us = file_us if newest_us is None else max(newest_us, file_us)
+    for table in scan_predictions(log, until=from_us(end_us), columns=[TIME]):
+        table_us = pc.max(table[TIME].cast(pa.int64())).as_py()
+        newest_us = table_us if newest_us is None else max(newest_us, table_us)
     return None if newest_us is None else from_us(newest_us) - window
 
 
-def _logged(log: Path, since: datetime | None, until: datetime | None) -> Iterator[pa.Table]:
-    """Yield the logged rows in batches, each id once: after a failed flush it may stand twice."""
-    recent: dict[str, deque[set[str]]] = {}
-    for file in sorted(log.glob("*.arrow")):
-        with pa.memory_map(str(file)) as source:
-            table = ipc.open_file(source).read_all()
-        for bound, compare in ((since, pc.greater_equal), (until, pc.less_equal)):
-            if bound is not None:
-                table = table.filter(compare(table[TIME], pa.scalar(bound, INSTANT)))
-        if not table.num_rows:
-            continue
-        replica = file.stem.partition("-")[2].rpartition("-")[0]
-        before = recent.setdefault(replica, deque(maxlen=_FILES_REMEMBERED))
-        ids = table["id"].to_pylist()
-        keep = [not any(identifier in seen for seen in before) for identifier in ids]
-        before.append(set(ids))
-        table = table.filter(pa.array(keep, pa.bool_()))
-        for start in range(0, table.num_rows, _BATCH_ROWS):
-            yield table.slice(start, _BATCH_ROWS)
-
-
-def _is_whole(batch: pa.Table) -> pa.Array:
+def _is_whole(batch: pa.Table) -> NDArray[np.bool_]:
+    """Return which rows have all of their inputs as they were sent, bool [n]."""
+    whole = np.zeros(batch.num_rows, np.bool_)
     if INPUTS not in batch.column_names:
-        return pa.array(np.zeros(batch.num_rows, np.bool_))
-    return pc.is_valid(batch[INPUTS])
+        return whole
+    whole |= batch[INPUTS].is_valid().to_numpy()
+    for values in _fields(batch, INPUTS).values():
+        if pa.types.is_string(values.type):
+            hidden = pc.fill_null(pc.starts_with(values, REDACTED), False)
+            whole &= ~hidden.to_numpy()
+    return whole
 
 
 def _compare(
@@ -227,7 +208,7 @@ def _compare(
     offline = _joined(features, service, store, pa.table(_fields(batch, INPUTS)))
     online = _fields(batch, FEATURES)
     for name, item in tally.items():
-        if name not in online:
+        if name not in online or _is_redacted(online[name]):
             continue
         item.add(batch, _values(online[name]), offline[name], tolerance)
 
@@ -246,6 +227,13 @@ def _joined(
 def _fields(batch: pa.Table, name: str) -> dict[str, pa.ChunkedArray]:
     struct = batch[name]
     return {field.name: pc.struct_field(struct, field.name) for field in struct.type}
+
+
+def _is_redacted(column: pa.ChunkedArray) -> bool:
+    if not pa.types.is_string(column.type):
+        return False
+    first = column.drop_null().slice(0, 1).to_pylist()
+    return bool(first and first[0].startswith(REDACTED))
 
 
 def _values(column: pa.ChunkedArray) -> NDArray[Any]:

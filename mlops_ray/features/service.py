@@ -18,6 +18,8 @@ from mlops_ray.features.columns import NO_TIME, column, instants, wrong_type
 Columns = dict[str, NDArray[Any]]
 RequestFunction = Callable[[Columns], Mapping[str, Any]]
 
+_MANY_ROWS = 1024
+
 
 def find_service(features: Features, name: str) -> FeatureService:
     """Return the declared service.
@@ -99,9 +101,23 @@ def stored_columns(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> Columns
     return {name: _stored(values) for name, values in columns.items()}
 
 
+def objects(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """Return values as an object array; equal texts of many rows are mostly one object."""
+    if len(values) >= _MANY_ROWS and pa.types.is_string(values.type):
+        whole = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        # A few rows tell whether a dictionary of all would be worth its making.
+        head = whole.slice(0, _MANY_ROWS)
+        if len(head.unique()) <= _MANY_ROWS // 4:
+            encoded = whole.dictionary_encode()
+            distinct = np.array([*encoded.dictionary.to_pylist(), None], object)
+            places = pc.fill_null(encoded.indices, len(distinct) - 1)
+            return distinct[places.to_numpy()]
+    return np.array(values.to_pylist(), object)
+
+
 def _stored(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     if pa.types.is_string(values.type):
-        return np.array(values.to_pylist(), object)
+        return objects(values)
     if pa.types.is_timestamp(values.type):
         whole = pc.fill_null(values.cast(pa.int64()), NO_TIME)
         return np.asarray(whole.to_numpy(zero_copy_only=False)).view("datetime64[us]")
@@ -177,7 +193,7 @@ def _input(table: pa.Table, name: str, field: RequestField) -> NDArray[Any]:
     if field.dtype == "float":
         return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(), np.float64)
     if field.dtype == "string" or values.null_count:
-        return np.array(values.to_pylist(), object)
+        return objects(values)
     dtype = np.bool_ if field.dtype == "bool" else np.int64
     return np.asarray(values.to_numpy(), dtype)
 

@@ -250,7 +250,7 @@ def check_parity(
         features,
         service,
         open_offline(context, features),
-        context.home.predictions(context.project) / "predictions",
+        context.home.predictions(context.project),
         since=since,
         until=until,
         window=window,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
@@ -17,13 +18,14 @@ from mlops_ray.loop.clock import WallClock
 from mlops_ray.loop.controller import Controller, ControllerSpec, World
 from mlops_ray.loop.state import StateStore
 from mlops_ray.loop.world import ServeWorld
-from mlops_ray.metadata.delta import MONITOR_ACTOR, MONITOR_NAMESPACE, Delta
+from mlops_ray.metadata.delta import MONITOR_ACTOR, MONITOR_NAMESPACE
 from mlops_ray.metadata.home import Home
 from mlops_ray.orchestration.jobs import RayJobs
 
 logger = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 0.5
+_TAKE_IN_EVERY_S = 2.0
 _PATIENCE_S = 60.0
 _THREADS = 16
 
@@ -34,7 +36,7 @@ WorldFactory = Callable[[ControllerSpec], World]
 class ControllerActor:
     """A controller in a process of its own. Ray restarts it when it dies; it then goes on.
 
-    It runs with several threads: while a tick waits for the replicas to report, they can.
+    It runs with several threads: while a tick waits for the replicas, it can be asked how it is.
     """
 
     def __init__(self, spec: ControllerSpec, world: WorldFactory = ServeWorld) -> None:
@@ -56,10 +58,6 @@ class ControllerActor:
     def checkpoint(self, name: str) -> None:
         """See ``Controller.checkpoint``."""
         self._controller.checkpoint(name)
-
-    def observe(self, delta: Delta) -> None:
-        """See ``Controller.observe``."""
-        self._controller.observe(delta)
 
     def tick(self, now_iso: str | None = None, start: bool = True) -> dict[str, Any]:
         """See ``Controller.tick``; without a moment, the machine's clock counts."""
@@ -89,10 +87,13 @@ class ControllerActor:
 
     def _watch(self) -> None:
         """Do what is due by the wall's clock; where the clock is virtual, only look after jobs."""
-        pause = threading.Event()
+        pause, taken_s = threading.Event(), 0.0
         while not pause.wait(_WATCH_EVERY_S):
             try:
                 self._controller.poll()
+                if time.monotonic() - taken_s >= _TAKE_IN_EVERY_S:
+                    self._controller.take_in()
+                    taken_s = time.monotonic()
                 if self._controller.spec.clock == "wall":
                     now = self._clock.now()
                     if self._controller.due(now):

@@ -47,7 +47,10 @@ class World(Protocol):
     """What a controller reaches outside of itself, beside jobs."""
 
     def flush(self) -> None:
-        """Make every replica report what it has answered; return when it has arrived."""
+        """Make every replica write what it has answered; return when it can be read."""
+
+    def news(self, positions: Mapping[str, int]) -> Delta | None:
+        """Return what was answered beyond ``positions``, up to which all is remembered for good."""
 
     def served(self) -> ServedVersion:
         """Return the version that answers now."""
@@ -100,9 +103,11 @@ class Controller:
         Raises:
             MonitoringError: There is no such checkpoint.
         """
-        # What the replicas still hold is of an earlier time, and must not come in later.
+        # What was answered until now is of an earlier time, and must not come in later.
         self._world.flush()
         with self._turn, self._memory:
+            self.take_in()
+            positions = self._monitor.positions
             self._monitor = Monitor(self._spec.monitoring)
             self._measurement = self._decision = None
             if checkpoint is None:
@@ -110,6 +115,7 @@ class Controller:
                 self._store.clear()
             else:
                 self._state = self._store.load_checkpoint(checkpoint, self._monitor)
+            self._monitor.positions = positions
             self._save()
             return self.status()
 
@@ -123,6 +129,12 @@ class Controller:
         with self._memory:
             if self._monitor.observe(delta):
                 self._store.journal(delta)
+
+    def take_in(self) -> None:
+        """Take in what the replicas have written; each row counts once, whatever dies meanwhile."""
+        with self._memory:
+            while (delta := self._world.news(self._monitor.positions)) is not None:
+                self.observe(delta)
 
     def tick(self, now: datetime, *, start: bool = True) -> dict[str, Any]:
         """Measure and decide as of ``now``; nothing new for a moment that was judged already.
@@ -140,6 +152,7 @@ class Controller:
                 self._see_version(now)
                 self._world.flush()
                 with self._memory:
+                    self.take_in()
                     self._judge(now)
                 self._world.publish(self._state, self._measurement)
             if start:
@@ -189,6 +202,7 @@ class Controller:
         """Return what was answered with a time in [since, until), all of it; see ``LabelJoin``."""
         self._world.flush()
         with self._memory:
+            self.take_in()
             return self._monitor.rows(since, until)
 
     def due(self, now: datetime) -> bool:

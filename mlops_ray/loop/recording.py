@@ -73,10 +73,10 @@ class Answers:
     versions: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
 
-    def add(self, ids: list[str], version: int, scores: list[float]) -> None:
+    def add(self, ids: list[str], versions: list[int], scores: list[float]) -> None:
         """Add the answer to one request."""
         self.ids += ids
-        self.versions += [version] * len(ids)
+        self.versions += versions
         self.scores += scores
 
 

@@ -242,7 +242,7 @@ class Replayer:
             error = str(failure)
         else:
             if kind == "predict":
-                self._answers.add(answer.ids, answer.version, answer.scores)
+                self._answers.add(answer.ids, answer.versions, answer.scores)
         latency_ms = (time.perf_counter() - began) * 1000
         self._sent.add(request.time, len(request.rows), latency_ms, error, kind)
 

@@ -89,7 +89,7 @@ def replay(
 
     async def run() -> ReplayResult:
         async with AsyncClient(
-            endpoint, connections=replay.concurrency + 1, repeat=False
+            endpoint, connections=replay.concurrency + 1, retries=None
         ) as client:
             replayer = Replayer(
                 context.run_id,

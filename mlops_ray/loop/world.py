@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from mlops_ray.errors import MonitoringError
 from mlops_ray.loop.controller import ControllerSpec
 from mlops_ray.loop.state import ControllerState
 from mlops_ray.metadata.access import open_ledger
+from mlops_ray.metadata.delta import Delta
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.package import REFERENCE
+from mlops_ray.metadata.prediction_log.news import keep_from, read_news
 from mlops_ray.metadata.profile import Counts
 from mlops_ray.metadata.types import Report
 from mlops_ray.monitoring.measurement import Measurement, ServedVersion
@@ -19,6 +22,9 @@ from mlops_ray.monitoring.metrics import MonitorMetrics
 from mlops_ray.monitoring.monitor import reference_counts
 from mlops_ray.serving.client.http import Client
 from mlops_ray.serving.deployment.deploy import flush
+
+_READER = "monitor"
+_TELL_EVERY_S = 600.0
 
 
 class ServeWorld:
@@ -32,10 +38,20 @@ class ServeWorld:
         self._metrics = MonitorMetrics(spec.project)
         self._references: dict[str, tuple[str, dict[str, Counts]]] = {}
         self._reports: dict[int, Report | None] = {}
+        self._told: dict[str, int] | None = None
+        self._told_s = 0.0
 
     def flush(self) -> None:
-        """Make every replica report; return when it has arrived."""
+        """Make every replica write its log; return when it can be read."""
         flush(self._spec.endpoint)
+
+    def news(self, positions: Mapping[str, int]) -> Delta | None:
+        """Return what was answered beyond ``positions``; the log keeps what comes after them."""
+        folder = self._home.predictions(self._spec.project)
+        if positions != self._told or time.monotonic() - self._told_s > _TELL_EVERY_S:
+            keep_from(folder, _READER, positions)
+            self._told, self._told_s = dict(positions), time.monotonic()
+        return read_news(folder, positions)
 
     def served(self) -> ServedVersion:
         """Ask the endpoint which version answers.

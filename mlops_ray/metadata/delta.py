@@ -1,4 +1,4 @@
-"""What a serving replica tells the monitor: counts and rows since it last told."""
+"""What the monitor takes in: counts, predictions and labels since it last looked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlops_ray.metadata.profile import Profile
 
 MONITOR_ACTOR = "mlops-ray-monitor:{project}"
-"""Name of the Ray actor that receives deltas, in Ray namespace ``MONITOR_NAMESPACE``."""
+"""Name of the Ray actor that monitors a project, in Ray namespace ``MONITOR_NAMESPACE``."""
 
 MONITOR_NAMESPACE = "mlops-ray"
 
@@ -39,19 +39,16 @@ def prediction_schema(shadows: tuple[str, ...] = ()) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Delta:
-    """News of one replica for one answering model version.
+    """What replicas have answered and been told since the monitor last looked.
 
-    ``buckets`` holds the feature counts of the new predictions by the UTC day of their prediction
-    time (``2013-03-01``), binned by the reference profile with ``reference_digest``. ``predictions``
-    has ``prediction_schema`` with a column ``shadow_<alias>`` for each model in shadow; ``labels``
-    has ``LABEL_SCHEMA``. ``part`` names the files of the prediction log that hold the same rows, in its
-    folders ``predictions`` and ``labels``: a receiver that lost its memory can read what it missed.
-    Where there are only labels, ``version`` is 0 and ``reference_digest`` empty.
+    ``buckets`` holds the feature counts of the new predictions: by the digest of the reference
+    profile that they were binned with, then by the UTC day of the prediction time (``2013-03-01``).
+    ``predictions`` has ``prediction_schema`` with a column ``shadow_<alias>`` for each model in
+    shadow; ``labels`` has ``LABEL_SCHEMA``. ``positions`` says up to where in the log of each replica
+    this goes: see ``prediction_log.news.read_news``.
     """
 
-    version: int
-    reference_digest: str
-    buckets: Mapping[str, Profile]
+    buckets: Mapping[str, Mapping[str, Profile]]
     predictions: pa.Table
     labels: pa.Table
-    part: str = ""
+    positions: Mapping[str, int]

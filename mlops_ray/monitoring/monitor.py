@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,18 +22,18 @@ from mlops_ray.monitoring.measurement import (
     PerformanceMeasurement,
     ServedVersion,
 )
-from mlops_ray.monitoring.statistics import psi_by_feature, psi_noise
+from mlops_ray.metadata.stability import psi_by_feature, psi_noise
 from mlops_ray.monitoring.windows import ProfileWindows
 from mlops_ray.training.evaluation import auc, log_loss
 
-_PARTS_REMEMBERED = 4096
 _LEAST_KEPT = timedelta(days=2)
 
 
 class Monitor:
     """Takes deltas from the replicas of one endpoint and measures windows of them.
 
-    Deltas may come in any order; one with a ``part`` that was seen already changes nothing.
+    A delta that does not go beyond what was taken in already changes nothing. ``positions`` says up
+    to where that is in the log of each replica.
     """
 
     def __init__(self, monitoring: Monitoring) -> None:
@@ -42,18 +41,16 @@ class Monitor:
         self._windows = ProfileWindows()
         keep = max(monitoring.performance.window, _LEAST_KEPT)
         self._labels = LabelJoin(monitoring.label_horizon, keep)
-        self._parts: OrderedDict[str, None] = OrderedDict()
+        self.positions: dict[str, int] = {}
         self.rows_observed = 0
 
     def observe(self, delta: Delta) -> bool:
         """Take a delta in; return whether it was new."""
-        if delta.part in self._parts:
+        if all(at <= self.positions.get(name, 0) for name, at in delta.positions.items()):
             return False
-        if delta.part:
-            self._parts[delta.part] = None
-            while len(self._parts) > _PARTS_REMEMBERED:
-                self._parts.popitem(last=False)
-        self._windows.add(delta.reference_digest, delta.buckets)
+        self.positions |= delta.positions
+        for digest, buckets in delta.buckets.items():
+            self._windows.add(digest, buckets)
         if len(delta.predictions):
             self._labels.add_predictions(delta.predictions)
         if len(delta.labels):
@@ -95,7 +92,7 @@ class Monitor:
         _write_table(unmatched, folder / "labels.arrow")
         document = {
             "windows": self._windows.to_json(),
-            "parts": list(self._parts),
+            "positions": self.positions,
             "rows_observed": self.rows_observed,
         }
         (folder / "monitor.json").write_text(json.dumps(document, separators=(",", ":")))
@@ -109,7 +106,7 @@ class Monitor:
         try:
             document = json.loads((folder / "monitor.json").read_text())
             self._windows = ProfileWindows.from_json(document["windows"])
-            self._parts = OrderedDict.fromkeys(document["parts"])
+            self.positions = dict(document["positions"])
             self.rows_observed = document["rows_observed"]
             tables = [_read_table(folder / f"{name}.arrow") for name in ("predictions", "labels")]
             self._labels.restore(*tables)

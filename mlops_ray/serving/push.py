@@ -23,6 +23,8 @@ from mlops_ray.serving.endpoint.asgi import (
     Receive,
     Send,
     error_content,
+    error_headers,
+    json_reply,
     read_body,
     respond,
 )
@@ -80,10 +82,10 @@ class PushDoor:
             announced = int(length) if length.isdigit() else None
             body = await read_body(receive, announced, self._limit_bytes)
             events = _parse(body, headers.get(b"content-type", b""), self._columns[source])
-            status, content = 202, {"accepted": await self._take(source, events)}
+            reply = json_reply({"accepted": await self._take(source, events)}, 202)
         except RequestError as error:
-            status, content = error.status, error_content(error)
-        await respond(send, status, orjson.dumps(content), allow)
+            reply = json_reply(error_content(error), error.status, error_headers(error, allow))
+        await respond(send, reply)
 
     async def _take(self, source: str, events: pa.Table) -> int:
         try:
@@ -215,8 +217,8 @@ def deploy(project: str, home: Home, serving: Serving, features: Features) -> En
         num_cpus=serving.num_cpus,
         max_ongoing_requests=serving.max_ongoing_requests,
     )
-    with applications.alone(home):
-        runtime.start(serving)
+    with applications.alone():
+        runtime.start(serving, home)
         _put(application_name(project), settings)
     return Endpoint(name=application_name(project), url=runtime.url(serving), versions={})
 

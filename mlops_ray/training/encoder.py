@@ -29,6 +29,8 @@ class Encoder:
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
+        self._clip = spec.clip
+        self._width = spec.num_numeric
         self._means = np.asarray(spec.means, dtype=np.float64)[:, None]
         self._stds = np.asarray(spec.stds, dtype=np.float64)[:, None]
         places = {name: place for place, name in enumerate(spec.numeric)}
@@ -77,23 +79,28 @@ class Encoder:
         return self._standardise(numeric, rows), codes
 
     def _standardise(self, columns: list[npt.NDArray[Any]], rows: int) -> npt.NDArray[np.float32]:
-        count = len(columns)
-        encoded = np.empty((rows, self.spec.num_numeric), dtype=np.float32)
+        count, width = len(columns), self._width
+        encoded = np.empty((rows, width), dtype=np.float32)
         if count:
             scores = np.array(columns, dtype=np.float64)
             scores -= self._means
             scores /= self._stds
             missing = np.isnan(scores)
-            np.clip(scores, -self.spec.clip, self.spec.clip, out=scores)
+            # Two ufuncs take a third of np.clip's time on one row.
+            np.minimum(scores, self._clip, out=scores)
+            np.maximum(scores, -self._clip, out=scores)
             scores[missing] = 0.0
             encoded[:, :count] = scores.T
-            encoded[:, count:] = missing[self._indicators].T
+            if width > count:
+                encoded[:, count:] = missing[self._indicators].T
         return encoded
 
-    def _encode_values(self, place: int, values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def _encode_values(
+        self, place: int, values: npt.NDArray[Any]
+    ) -> list[int] | npt.NDArray[np.int64]:
         if len(values) < _FEW_ROWS:
-            codes = self._codes[place]
-            return np.array([codes.get(value, 0) for value in values.tolist()], dtype=np.int64)
+            code = self._codes[place].get
+            return [code(value, 0) for value in values.tolist()]
         strings = pa.array(values, pa.string(), from_pandas=True)
         found = pc.index_in(strings, value_set=self._values[place])
         return np.asarray(pc.fill_null(pc.add(found, 1), 0), dtype=np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -11,38 +11,51 @@ import torch
 from torch import nn
 
 from mlops_ray.errors import TrainingError
-from mlops_ray.metadata.package import Package
+from mlops_ray.metadata.package import EncoderSpec, Package
+from mlops_ray.training import forms
 from mlops_ray.training.encoder import Columns, Encoder
 from mlops_ray.training.loop import build
 
-_BLOCK_ROWS = 16_384
-_PROBE_ROWS = (1, 2, 5, 64)
-_TOLERANCE = 1e-6
+_BLOCK_ROWS = 4096
+_PROBE_ROWS = (1, 2, 5, 64, 1024)
+_WARMING_CALLS = 3
 
 
 class Predictor:
     """Scores feature columns with a package's model; ready and warm once made.
 
-    It runs the frozen TorchScript form of the model where that gives the same scores as the module
-    itself (checked here, to 1e-6) and the module itself otherwise. Sets torch to one thread: the
-    models are small, and replicas share the machine.
+    The model runs in a form that gives the module's own scores, to 1e-6, checked here on rows with
+    missing and extreme numbers and unknown categories: by default as frozen TorchScript, or as it
+    is where that is not possible, which are the same for the same package everywhere. ``fastest``
+    tries ONNX Runtime too and takes what is fastest on this machine. ``form`` says what runs.
+
+    Sets torch to one thread: the models are small, and replicas share the machine.
+
+    Args:
+        package: The model. Its weights are not kept.
+        fastest: Take the fastest form, for serving.
+        gpu: Run on the GPU, where there is one.
 
     Raises:
         TrainingError: The weights do not fit the architecture.
     """
 
-    def __init__(self, package: Package) -> None:
+    def __init__(self, package: Package, *, fastest: bool = False, gpu: bool = False) -> None:
         torch.set_num_threads(1)
-        self.package = package
-        self._encoder = Encoder(package.manifest.encoder)
-        module = _load(package)
-        compiled = _compile(module)
-        probes = [_probe(package, rows) for rows in _PROBE_ROWS]
-        self.compiled = compiled is not None and all(_equal(module, compiled, p) for p in probes)
-        self._module: Any = compiled if self.compiled else module
-        for _ in range(3):
-            for probe in probes:
-                _score(self._module, *probe)
+        spec = package.manifest.encoder
+        device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+        self._encoder = Encoder(spec)
+        probes = [self._encoder.encode(_probe(spec, rows)) for rows in _PROBE_ROWS]
+        choose = forms.fastest if fastest else forms.frozen
+        self._form = choose(_load(package), probes, device)
+        for _ in range(_WARMING_CALLS):
+            for probe in probes[:-1]:
+                self._form(*probe)
+
+    @property
+    def form(self) -> str:
+        """``eager``, ``torchscript`` or ``onnx``."""
+        return self._form.name
 
     def predict(self, columns: Columns) -> npt.NDArray[np.float64]:
         """Return the probability of label 1, float64 [n]; ``columns`` holds each feature, [n].
@@ -51,29 +64,24 @@ class Predictor:
             TrainingError: A feature column is missing.
         """
         numeric, codes = self._encoder.encode(columns)
-        scores = np.empty(len(numeric))
-        for start in range(0, len(scores), _BLOCK_ROWS):
-            block = slice(start, start + _BLOCK_ROWS)
-            scores[block] = _score(self._module, numeric[block], codes[block])
-        return scores
+        if len(numeric) <= _BLOCK_ROWS:
+            return self._form(numeric, codes)
+        return np.concatenate([self._form(numeric[b], codes[b]) for b in _blocks(len(numeric))])
 
 
-def _score(
-    module: Any, numeric: npt.NDArray[np.float32], codes: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    with torch.inference_mode():
-        logits = module(torch.from_numpy(numeric), torch.from_numpy(codes))
-        scores: npt.NDArray[np.float64] = torch.sigmoid(logits.double()).numpy()
-    return scores
+def _blocks(rows: int) -> Iterator[slice]:
+    for start in range(0, rows, _BLOCK_ROWS):
+        yield slice(start, start + _BLOCK_ROWS)
 
 
 def _load(package: Package) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         module = build(package.manifest.model)
     try:
-        module.load_state_dict(
-            {name: torch.from_numpy(np.array(array)) for name, array in package.weights.items()}
-        )
+        with warnings.catch_warnings():
+            # The package's arrays are read-only, which is all that copying from them needs.
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            module.load_state_dict({n: torch.from_numpy(a) for n, a in package.weights.items()})
     except RuntimeError as error:
         raise TrainingError(
             f"the weights do not fit {package.manifest.model.target}",
@@ -84,27 +92,17 @@ def _load(package: Package) -> nn.Module:
     return module.eval()
 
 
-def _compile(module: nn.Module) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.jit.freeze(torch.jit.script(module))
-    # TorchScript refuses what it does not know with errors of many classes; eager always works.
-    except Exception:
-        return None
-
-
-def _equal(module: nn.Module, compiled: Any, probe: Any) -> bool:
-    try:
-        found = _score(compiled, *probe)
-    except RuntimeError:
-        return False
-    return bool(np.allclose(_score(module, *probe), found, rtol=0, atol=_TOLERANCE))
-
-
-def _probe(package: Package, rows: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    spec = package.manifest.encoder
+def _probe(spec: EncoderSpec, rows: int) -> dict[str, npt.NDArray[np.generic]]:
+    """Return feature columns like those of training, some missing, some extreme, some unknown."""
     random = np.random.default_rng(rows)
-    numeric = random.standard_normal((rows, spec.num_numeric)).astype(np.float32)
-    codes = [random.integers(0, cardinality, rows) for cardinality in spec.cardinalities]
-    return numeric, np.stack(codes, axis=1) if codes else np.empty((rows, 0), dtype=np.int64)
+    columns: dict[str, npt.NDArray[np.generic]] = {}
+    for name, mean, std in zip(spec.numeric, spec.means, spec.stds, strict=True):
+        values = random.normal(mean, std, rows)
+        kind = random.random(rows)
+        values[kind < 0.1] = np.nan
+        values[kind > 0.95] *= 1e6
+        columns[name] = values
+    for name, vocabulary in zip(spec.categorical, spec.vocabularies, strict=True):
+        choices = np.array([None, "", *vocabulary], dtype=object)
+        columns[name] = choices[random.integers(0, len(choices), rows)]
+    return columns

@@ -134,6 +134,9 @@ def test_references_inside_the_feature_store_are_checked(workspace: Workspace) -
         "workflow.steps.first.uses=builtins.eval",
         "+features.sources.orders.clean=shutil.rmtree",
         "+workflow.steps.first.with.extra={_target_: os.system}",
+        "+serving.graph.before=[os.system]",
+        "+serving.graph.after=[mlops_ray.config.base.Frozen,os.system]",
+        "+serving.autoscaling.policy=os.system",
     ],
 )
 def test_dotted_names_outside_the_allow_list_are_refused(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from serving import shop
-from serving.harness import free_port
+from serving.harness import shared_serving
 
 from mlops_ray.config.serving import Serving
 from mlops_ray.delivery.steps import deploy
@@ -20,7 +20,6 @@ from mlops_ray.orchestration.context import Context, Silent
 from mlops_ray.registry.registry import Registry
 from mlops_ray.serving.client.http import Client
 from mlops_ray.serving.deployment.deploy import remove
-from mlops_ray.serving.deployment.runtime import running
 
 PROJECT = "shop_rollout"
 REPORT = Report(rows=10, positives=5, auc=0.7, log_loss=0.6, calibration_error=0.1)
@@ -56,8 +55,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(scope="module")
 def serving(ray_cluster: Any) -> Iterator[Serving]:
-    found = running()
-    yield Serving(port=found[0] if found else free_port())
+    yield shared_serving()
     remove(PROJECT)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import sys
 import time
@@ -36,13 +37,20 @@ PATIENCE_S = 90.0
 
 
 class FileWorld:
-    """A world whose endpoint serves the version that a file names."""
+    """A world whose endpoint serves the version that a file names, and tells what files hold."""
 
     def __init__(self, spec: ControllerSpec) -> None:
         self._home = Home(Path(spec.home))
         self._project = spec.project
 
     def flush(self) -> None: ...
+
+    def news(self, positions: Mapping[str, int]) -> Delta | None:
+        for file in sorted(self._home.root.glob("*.delta")):
+            delta: Delta = pickle.loads(file.read_bytes())
+            if delta.positions.keys() - positions.keys():
+                return delta
+        return None
 
     def served(self) -> ServedVersion:
         version = int((self._home.root / "version").read_text())
@@ -87,13 +95,29 @@ def drift(day: int) -> Delta:
     schema = prediction_schema()
     arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
     return Delta(
-        version=1,
-        reference_digest=REFERENCE.digest,
-        buckets={at.date().isoformat(): REFERENCE.bin({"x": np.full(20, 5000.0)})},
+        buckets={
+            REFERENCE.digest: {at.date().isoformat(): REFERENCE.bin({"x": np.full(20, 5000.0)})}
+        },
         predictions=pa.Table.from_arrays(arrays, schema=schema),
         labels=LABEL_SCHEMA.empty_table(),
-        part=f"{day}.arrow",
+        positions={f"r{day}": 1},
     )
+
+
+def tell(home: Home, delta: Delta) -> None:
+    draft = home.root / "draft"
+    draft.write_bytes(pickle.dumps(delta))
+    draft.rename(home.root / f"{next(iter(delta.positions))}.delta")
+
+
+def taken_in(handle: Any, rows: int) -> None:
+    """Wait until the actor has taken so many rows in by itself."""
+    import ray
+
+    give_up_s = time.monotonic() + PATIENCE_S
+    while ray.get(handle.status.remote())["rows_observed"] < rows:
+        assert time.monotonic() < give_up_s
+        time.sleep(0.1)
 
 
 def kill(project: str) -> int:
@@ -131,7 +155,8 @@ def test_killed_while_observing_and_while_retraining(ray_cluster: Any, home: Hom
     monitor = actor.RemoteMonitor(handle)
     try:
         ray_cluster.get(handle.begin.remote("session"))
-        ray_cluster.get(handle.observe.remote(drift(0)))
+        tell(home, drift(0))
+        taken_in(handle, 20)
         kill("killed")
         status = asyncio.run(monitor.tick(START + DAY))
         assert status["rows_observed"] == 20
@@ -163,7 +188,7 @@ def test_a_failing_job_on_the_wall_clock(ray_cluster: Any, home: Home) -> None:
     today = drift((datetime.now(UTC) - START) // DAY)
     handle = actor.ensure(wall, FileWorld)
     try:
-        ray_cluster.get(handle.observe.remote(today))
+        tell(home, today)
         give_up_s = time.monotonic() + PATIENCE_S
         history: list[dict[str, Any]] = []
         while not history and time.monotonic() < give_up_s:

@@ -60,6 +60,9 @@ class World:
     def flush(self) -> None:
         self.flushed += 1
 
+    def news(self, positions: Mapping[str, int]) -> Delta | None:
+        return None
+
     def served(self) -> ServedVersion:
         return ServedVersion(version=self.version, reference_digest=REFERENCE.digest)
 
@@ -106,12 +109,14 @@ class Bench:
         arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
         self.controller.observe(
             Delta(
-                version=self.world.version,
-                reference_digest=REFERENCE.digest,
-                buckets={at.date().isoformat(): REFERENCE.bin({"x": np.array(values)})},
+                buckets={
+                    REFERENCE.digest: {
+                        at.date().isoformat(): REFERENCE.bin({"x": np.array(values)})
+                    }
+                },
                 predictions=pa.Table.from_arrays(arrays, schema=schema),
                 labels=LABEL_SCHEMA.empty_table(),
-                part=f"{day}.arrow",
+                positions={f"r{day}": 1},
             )
         )
 
@@ -204,7 +209,7 @@ def test_killed_at_any_point_it_goes_on(bench: Bench) -> None:
     bench.restart()  # the delta was only in the journal
     bench.observe(1, [5000.0] * 6)
     bench.restart()
-    bench.observe(1, [5000.0] * 6)  # a replica that got no answer sends it again
+    bench.observe(1, [5000.0] * 6)  # told again, it changes nothing
     status = bench.controller.tick(START + 2 * DAY)
     assert status["rows_observed"] == 12
     assert status["measurement"]["drift"]["rows"] == 12

@@ -105,6 +105,7 @@ class StandIn:
         self.commits_at_submission: list[int] = []
         self.pipeline = Pipeline()
         self.controller: Controller | None = None
+        self._flushes = 0
         self._predictions: list[tuple[str, str, float, int, float]] = []
         self._labels: list[tuple[str, int, str]] = []
 
@@ -130,7 +131,8 @@ class StandIn:
                     body["ids"], body["rows"], scores, shadows, strict=True
                 )
             ]
-        answer = {"model": "p", "version": self.version, "ids": body["ids"], "scores": scores}
+        answer = {"model": "p", "version": self.version, "route": "champion"}
+        answer |= {"ids": body["ids"], "scores": scores}
         return web.json_response(answer | {"labels": [int(score > 0.5) for score in scores]})
 
     async def feedback(self, request: web.Request) -> web.Response:
@@ -165,15 +167,18 @@ class StandIn:
             [datetime.fromisoformat(entry[2]) for entry in labels],
         ]
         assert self.controller is not None
+        self._flushes += 1
         self.controller.observe(
             Delta(
-                version=self.version,
-                reference_digest=REFERENCE.digest,
-                buckets=buckets,
+                buckets={REFERENCE.digest: buckets},
                 predictions=_table(columns, schema),
                 labels=_table(label_columns, LABEL_SCHEMA),
+                positions={"replica": self._flushes},
             )
         )
+
+    def news(self, positions: Mapping[str, int]) -> Delta | None:
+        return None
 
     def served(self) -> ServedVersion:
         return ServedVersion(version=self.version, reference_digest=REFERENCE.digest)

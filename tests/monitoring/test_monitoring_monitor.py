@@ -16,7 +16,7 @@ from mlops_ray.metadata.delta import LABEL_SCHEMA, Delta, prediction_schema
 from mlops_ray.metadata.profile import Reference
 from mlops_ray.monitoring.measurement import ServedVersion
 from mlops_ray.monitoring.monitor import Monitor, reference_counts
-from mlops_ray.monitoring.statistics import psi
+from mlops_ray.metadata.stability import psi
 
 START = datetime(2013, 3, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -47,12 +47,10 @@ def deltas(days: int, rows: int = 200, version: int = 1, seed: int = 1) -> list[
         day = (START + number * DAY).date().isoformat()
         made.append(
             Delta(
-                version=version,
-                reference_digest=REFERENCE.digest,
-                buckets={day: REFERENCE.bin({"x": values})},
+                buckets={REFERENCE.digest: {day: REFERENCE.bin({"x": values})}},
                 predictions=pa.Table.from_arrays(arrays, schema=schema),
                 labels=late,
-                part=f"v{version}-{number}.arrow",
+                positions={f"v{version}-{number}": 1},
             )
         )
         outcomes = (chance.random(rows) < scores).astype(np.int8)
@@ -74,7 +72,8 @@ def test_measures_what_direct_computation_gives() -> None:
     found = monitor.measure(now, SERVED, REFERENCE.profile.counts)
 
     window = [stream[number] for number in range(5, 12)]
-    live = sum(next(iter(delta.buckets.values())).counts["x"] for delta in window)
+    days = [profile for delta in window for profile in delta.buckets[REFERENCE.digest].values()]
+    live = sum(profile.counts["x"] for profile in days)
     assert found.drift.rows == 7 * 200
     assert found.drift.psi == {"x": pytest.approx(psi(REFERENCE.profile.counts["x"], live))}
     assert found.drift.psi["x"] > 0.2
@@ -121,9 +120,8 @@ def test_one_class_has_no_auc() -> None:
     monitor = Monitor(MONITORING)
     for delta in stream:
         ones = pa.array([1] * len(delta.labels), pa.int8())
-        monitor.observe(
-            Delta(1, "", {}, delta.predictions, delta.labels.set_column(1, "label", ones))
-        )
+        labels = delta.labels.set_column(1, "label", ones)
+        monitor.observe(Delta({}, delta.predictions, labels, delta.positions))
     found = monitor.measure(START + 3 * DAY, SERVED, {}).performance
     assert (found.rows, found.positives, found.auc) == (400, 400, None)
     assert found.log_loss is not None

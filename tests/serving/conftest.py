@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from serving import shop
-from serving.harness import LocalShop, Served, free_port, open_local
+from serving.harness import LocalShop, Served, open_local, shared_serving
 
 from mlops_ray.config.serving import Serving
 from mlops_ray.metadata.home import Home
@@ -44,10 +44,8 @@ def local(shop_home: Home, packages: list[Path], tmp_path: Path) -> LocalShop:
 def served(ray_cluster: Any, shop_home: Home, packages: list[Path]) -> Iterator[Served]:
     """The shop served in throughput mode; taken down at the end of the module."""
     from mlops_ray.serving.deployment.deploy import remove
-    from mlops_ray.serving.deployment.runtime import running
 
-    found = running()
-    serving = Serving(port=found[0] if found else free_port(), max_body_bytes=200_000)
+    serving = shared_serving(max_body_bytes=200_000)
     served = Served(shop_home, serving, packages, Address(name="shop", url="", versions={}))
     served.address = served.deploy(1, 1)
     yield served

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from serving import shop
 
-from mlops_ray.config.serving import Serving
+from mlops_ray.config.serving import Grpc, Serving
 from mlops_ray.features.lookup import OnlineLookup
 from mlops_ray.features.online import open_online
 from mlops_ray.features.service import feature_columns
-from mlops_ray.metadata.delta import Delta
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint as Address
 from mlops_ray.serving.endpoint.endpoint import Endpoint
@@ -25,15 +24,14 @@ from mlops_ray.serving.models.served import ModelSpec
 
 @dataclass
 class LocalShop:
-    """An endpoint that is called as an ASGI application; ``deltas`` are what it reports."""
+    """An endpoint that is called as an ASGI application."""
 
     home: Home
     endpoint: Endpoint
     packages: list[Path]
-    deltas: list[Delta] = field(default_factory=list)
 
     def config(self, answer: int, *shadows: int, epoch: int | None = None) -> dict[str, Any]:
-        """The user config that serves these versions."""
+        """The user config that serves these versions, all but the first in shadow."""
         names = ["champion", "first", "second"]
         specs = [
             {"alias": alias, "version": version, "path": str(self.packages[version - 1])}
@@ -45,6 +43,13 @@ class LocalShop:
         self, method: str, path: str, body: Any = b"", headers: dict[str, str] | None = None
     ) -> tuple[int, Any]:
         """Send a request as a server would; return status and JSON content."""
+        status, _, content = await self.send(method, path, body, headers)
+        return status, json.loads(content)
+
+    async def send(
+        self, method: str, path: str, body: Any = b"", headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Send a request as a server would; return status, headers and body."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         given = {"content-length": str(len(data)), **(headers or {})}
         scope = {
@@ -64,7 +69,8 @@ class LocalShop:
             sent.append(message)
 
         await self.endpoint(scope, receive, send)
-        return sent[0]["status"], json.loads(sent[1]["body"])
+        answered = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return sent[0]["status"], answered, sent[1]["body"]
 
     async def predict(self, rows: list[dict[str, Any]], **more: Any) -> Any:
         """Predict; the request must succeed."""
@@ -73,10 +79,11 @@ class LocalShop:
         return content
 
 
-def open_local(store_home: Home, packages: list[Path], home: Home, serving: Serving) -> LocalShop:
+def open_local(
+    store_home: Home, packages: list[Path], home: Home, serving: Serving, **more: Any
+) -> LocalShop:
     features = shop.features()
     store = open_online(features, store_home.online("shop"), "shop", readonly=True)
-    deltas: list[Delta] = []
     endpoint = Endpoint(
         "shop",
         home,
@@ -86,9 +93,9 @@ def open_local(store_home: Home, packages: list[Path], home: Home, serving: Serv
         lookup=OnlineLookup(features, "buys", store),
         loader=ModelLoader(*feature_columns(features, "buys")),
         replica="r1",
-        sink=lambda delta, confirm: deltas.append(delta),
+        **more,
     )
-    return LocalShop(home, endpoint, packages, deltas)
+    return LocalShop(home, endpoint, packages)
 
 
 @dataclass
@@ -120,3 +127,14 @@ def free_port() -> int:
 def same(left: Any, right: Any) -> bool:
     """Whether scores are equal up to float32 arithmetic in batches of other sizes."""
     return bool(np.allclose(left, right, rtol=0, atol=1e-6))
+
+
+def shared_serving(**more: Any) -> Serving:
+    """What fits the Serve of the session's cluster, or what it is to be started with: with gRPC."""
+    from mlops_ray.serving.deployment.runtime import describe
+
+    found = describe()
+    port = found.port if found else free_port()
+    grpc_port = found.grpc_port if found else free_port()
+    grpc = Grpc(enabled=True, port=grpc_port) if grpc_port else Grpc()
+    return Serving(port=port, grpc=grpc, **more)

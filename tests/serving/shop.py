@@ -128,8 +128,17 @@ def rows(view: str, keys: Any, times: NDArray[Any], values: NDArray[np.float64])
     return pa.table(typed, schema=schema)
 
 
-def write_package(folder: Path, seed: int, *, extra: tuple[str, ...] = ()) -> Path:
-    """Write a package with random weights (another seed, other scores) that reads ``extra`` too."""
+def write_package(
+    folder: Path,
+    seed: int,
+    *,
+    extra: tuple[str, ...] = (),
+    target: str = "mlops_ray.training.models.TabularNet",
+) -> Path:
+    """Write a package with random weights (another seed, other scores) that reads ``extra`` too.
+
+    ``target`` is the class of the network, which takes the arguments of ``TabularNet``.
+    """
     import torch
 
     numeric, categorical = feature_columns(features(), "buys")
@@ -146,7 +155,7 @@ def write_package(folder: Path, seed: int, *, extra: tuple[str, ...] = ()) -> Pa
         "cardinalities": list(encoder.spec.cardinalities),
         "hidden_sizes": [64, 32],
     }
-    model = Model.model_validate({"_target_": "mlops_ray.training.models.TabularNet", **arguments})
+    model = Model.model_validate({"_target_": target, **arguments})
     weights = {name: tensor.numpy() for name, tensor in build(model).state_dict().items()}
     manifest = package.Manifest(
         model=model,

@@ -11,13 +11,13 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.dataset as ds
 import pytest
 from serving import shop
 from serving.harness import Served, same
 
 from mlops_ray.errors import RequestError, ServingError
-from mlops_ray.metadata.delta import MONITOR_ACTOR, MONITOR_NAMESPACE
+from mlops_ray.metadata.prediction_log.news import read_news
+from mlops_ray.metadata.prediction_log.reading import read_labels, read_predictions
 from mlops_ray.serving.client.http import AsyncClient, Client
 from mlops_ray.serving.deployment import deploy as deployment
 from mlops_ray.serving.deployment import runtime
@@ -43,8 +43,8 @@ def send(served: Served, body: bytes | Iterator[bytes], path: str = PREDICT) -> 
 
 
 def ids_on_disk(served: Served, kind: str = "predictions") -> list[str]:
-    folder = served.home.predictions("shop") / kind
-    return ds.dataset(folder, format="ipc").to_table(columns=["id"])["id"].to_pylist()
+    read = read_labels if kind == "labels" else read_predictions
+    return read(served.home.predictions("shop"))["id"].to_pylist()
 
 
 def test_serve_runs_in_throughput_mode(served: Served, client: Client) -> None:
@@ -211,37 +211,21 @@ def test_other_applications_stay(served: Served, client: Client) -> None:
     assert caught.value.status == 404
 
 
-def test_monitor_gets_each_row_once(ray_cluster: Any, served: Served, client: Client) -> None:
-    class Monitor:
-        def __init__(self) -> None:
-            self.ids: list[str] = []
-            self.rows = 0
-
-        def observe(self, delta: Any) -> None:
-            self.ids += delta.predictions["id"].to_pylist()
-            self.rows += sum(profile.rows for profile in delta.buckets.values())
-
-        def seen(self) -> tuple[list[str], int]:
-            return self.ids, self.rows
-
-    monitor = (
-        ray_cluster.remote(Monitor)
-        .options(name=MONITOR_ACTOR.format(project="shop"), namespace=MONITOR_NAMESPACE, num_cpus=0)
-        .remote()
-    )
-    ray_cluster.get(monitor.seen.remote())
+def test_monitor_reads_each_row_once(served: Served, client: Client) -> None:
+    log = served.home.predictions("shop")
     deployment.flush(served.address)
-    before, rows_before = ray_cluster.get(monitor.seen.remote())
+    positions: dict[str, int] = {}
+    while (news := read_news(log, positions)) is not None:
+        positions |= news.positions
     for number in range(5):
         client.predict([shop.ROW] * 2, ids=[f"watched-{number}-{row}" for row in range(2)])
     deployment.flush(served.address)
-    ids, rows = ray_cluster.get(monitor.seen.remote())
-    assert len(ids) - len(before) == rows - rows_before == 10
-    assert sum(name.startswith("watched-") for name in ids) == 10
-    ray_cluster.kill(monitor)
-    client.predict([shop.ROW], ids=["unwatched"])
-    deployment.flush(served.address)
-    assert "unwatched" in ids_on_disk(served)
+    news = read_news(log, positions)
+    assert news is not None
+    days = [profile for buckets in news.buckets.values() for profile in buckets.values()]
+    assert news.predictions.num_rows == sum(profile.rows for profile in days) == 10
+    assert all(name.startswith("watched-") for name in news.predictions["id"].to_pylist())
+    assert read_news(log, positions | news.positions) is None
 
 
 def test_other_port_is_refused(served: Served) -> None:

@@ -6,21 +6,18 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import ipc
 from serving import shop
 from serving.harness import LocalShop, same
 
 from mlops_ray.errors import ServingError
 from mlops_ray.metadata import package
-from mlops_ray.metadata.home import Home
-from mlops_ray.serving.log.prediction_log import MAX_PENDING_ROWS, PredictionLog
+from mlops_ray.serving.log.encoding import Answered
 from mlops_ray.training.inference import Predictor
 
 PREDICT = "/v1/models/shop/predict"
@@ -33,13 +30,6 @@ def asynchronous(test: Callable[[LocalShop], Awaitable[None]]) -> Callable[[Loca
 
     body.__name__, body.__doc__ = test.__name__, test.__doc__
     return body
-
-
-def parts(home: Home, kind: str) -> list[pa.Table]:
-    return [
-        ipc.open_file(path).read_all()
-        for path in sorted((home.predictions("shop") / kind).glob("*.arrow"))
-    ]
 
 
 def expected_scores(folder: Path, rows: list[dict[str, Any]]) -> Any:
@@ -129,10 +119,7 @@ async def test_large_body_is_refused_announced_or_not(local: LocalShop) -> None:
 async def test_internal_error_shows_no_trace(local: LocalShop) -> None:
     await local.endpoint.reconfigure(local.config(1))
 
-    def fail(columns: Any) -> Any:
-        raise RuntimeError("secret of the house")
-
-    local.endpoint._lookup = fail
+    fail_with(local, RuntimeError("secret of the house"))
     logging.disable(logging.CRITICAL)
     try:
         status, content = await local.call("POST", PREDICT, {"rows": [shop.ROW]})
@@ -145,27 +132,26 @@ async def test_internal_error_shows_no_trace(local: LocalShop) -> None:
 
 @asynchronous
 async def test_swap_and_shadows(local: LocalShop) -> None:
+    kept = spy(local)
     await local.endpoint.reconfigure(local.config(1, 2))
     before = await local.predict([shop.ROW])
     await local.endpoint.reconfigure(local.config(2, 1, 2))
     after = await local.predict([shop.ROW])
     assert (before["version"], after["version"]) == (1, 2)
     assert not same(before["scores"], after["scores"])
-    await local.endpoint.flush()
-    first, second = parts(local.home, "predictions")
-    assert same(first["score"], before["scores"])
-    assert same(first["shadow_first"], after["scores"])
-    assert second["score"].equals(second["shadow_second"])
-    assert same(second["shadow_first"], before["scores"])
-    assert [delta.version for delta in local.deltas] == [1, 2]
+    first, second = kept
+    (shadow,) = first.models.shadows
+    assert same(shadow.scorer.predict(first.columns), after["scores"])
+    assert (first.route, first.model.spec.version) == ("champion", 1)
+    assert (second.route, second.model.spec.version) == ("champion", 2)
 
 
 @asynchronous
 async def test_reconfigure_is_idempotent(local: LocalShop) -> None:
     await local.endpoint.reconfigure(local.config(1, 2))
-    models = local.endpoint._models
+    models = local.endpoint.models.now
     await local.endpoint.reconfigure(local.config(1, 2))
-    assert local.endpoint._models is models
+    assert local.endpoint.models.now is models
 
 
 @asynchronous
@@ -196,40 +182,77 @@ async def test_first_package_broken_is_an_error(local: LocalShop) -> None:
 
 
 @asynchronous
-async def test_log_holds_what_was_answered(local: LocalShop) -> None:
+async def test_log_is_told_what_was_answered(local: LocalShop) -> None:
+    kept = spy(local)
     await local.endpoint.reconfigure(local.config(1, 2))
-    late = {**shop.ROW, "at": "2024-03-02T00:00:00+01:00"}
     early = {**shop.ROW, "at": "2024-03-02T00:00:00Z", "customer": "nobody"}
-    await local.predict([shop.ROW, early], ids=["a", "b"])
-    await local.predict([late], ids=["c"])
+    answer = await local.predict([shop.ROW, early], ids=["a", "b"])
     quiet = {"x-mlops-ray-log": "off"}
     assert (await local.call("POST", PREDICT, {"rows": [shop.ROW]}, quiet))[0] == 200
-    assert await local.endpoint.flush() == 3
-    assert await local.endpoint.flush() == 0
-    (table,) = parts(local.home, "predictions")
-    assert table["id"].to_pylist() == ["a", "b", "c"]
-    assert [t.isoformat() for t in table["time"].to_pylist()] == [
-        "2024-03-01T12:00:00+00:00",
-        "2024-03-02T00:00:00+00:00",
-        "2024-03-01T23:00:00+00:00",
+    (answered,) = kept
+    assert answered.ids == ["a", "b"]
+    assert [str(t) for t in answered.times] == [
+        "2024-03-01T12:00:00.000000",
+        "2024-03-02T00:00:00.000000",
     ]
-    features = table["features"].to_pylist()
-    assert features[0]["customer_last__amount"] == 3.0
-    assert features[1]["customer_last__amount"] is None
-    inputs = table["inputs"].to_pylist()
-    assert inputs[1] == early | {"at": datetime(2024, 3, 2, tzinfo=UTC)}
-    kinds = [str(field.type) for field in table.schema.field("inputs").type]
-    assert kinds == ["string", "int64", "double", "string", "bool", "timestamp[us, tz=UTC]"]
-    (delta,) = local.deltas
-    assert {day: profile.rows for day, profile in delta.buckets.items()} == {
-        "2024-03-01": 2,
-        "2024-03-02": 1,
-    }
-    reference = package.read(local.packages[0]).reference
-    assert delta.reference_digest == reference.digest
-    amounts = reference.bin({"amount": np.array([12.5, 12.5])}).counts["amount"]
-    np.testing.assert_array_equal(delta.buckets["2024-03-01"].counts["amount"], amounts)
-    assert delta.predictions.column_names == ["id", "time", "score", "version", "shadow_first"]
+    assert answered.scores.tolist() == answer["scores"]
+    assert answered.columns["customer_last__amount"][0] == 3.0
+    assert np.isnan(answered.columns["customer_last__amount"][1])
+    assert answered.inputs["customer"].tolist() == ["anna", "nobody"]
+    assert answered.latency_us.shape == (2,)
+    assert (answered.latency_us > 0).all()
+
+
+@asynchronous
+async def test_requests_at_once_are_one_batch_and_each_has_its_own_answer(local: LocalShop) -> None:
+    kept = spy(local)
+    await local.endpoint.reconfigure(local.config(1))
+    bodies = [
+        [{**shop.ROW, "shop": number, "coupon": ["spring", None][number % 2]}] * (1 + number % 3)
+        for number in range(9)
+    ]
+    alone = [await local.predict(rows) for rows in bodies]
+    kept.clear()
+    together = await asyncio.gather(*(local.predict(rows) for rows in bodies))
+    assert len(kept) == 1
+    assert kept[0].ids == [i for answer in together for i in answer["ids"]]
+    for one, other in zip(alone, together, strict=True):
+        assert same(one["scores"], other["scores"])
+        assert one["labels"] == other["labels"]
+
+
+@asynchronous
+async def test_a_poisoned_request_fails_alone(local: LocalShop) -> None:
+    await local.endpoint.reconfigure(local.config(1))
+    real = local.endpoint.scoring._lookup
+
+    def poisoned(inputs: Any) -> Any:
+        if (inputs["shop"] == 13).any():
+            raise ZeroDivisionError("poison")
+        return real(inputs)
+
+    fail_with(local, poisoned)
+    logging.disable(logging.CRITICAL)
+    try:
+        answers = await asyncio.gather(
+            *(
+                local.call("POST", PREDICT, {"rows": [{**shop.ROW, "shop": number}]})
+                for number in (1, 13, 2, 3)
+            )
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    assert [status for status, _ in answers] == [200, 500, 200, 200]
+
+
+@asynchronous
+async def test_time_of_a_prediction_may_not_be_far_ahead(local: LocalShop) -> None:
+    await local.endpoint.reconfigure(local.config(1))
+    soon, late = (datetime.now(UTC) + timedelta(hours=hours) for hours in (23, 25))
+    rows = [{**shop.ROW, "at": moment.isoformat()} for moment in (soon, late)]
+    assert (await local.call("POST", PREDICT, {"rows": rows[:1]}))[0] == 200
+    status, content = await local.call("POST", PREDICT, {"rows": rows})
+    assert (status, content["error"]["field"], content["error"]["row"]) == (422, "at", 1)
 
 
 @asynchronous
@@ -240,44 +263,6 @@ async def test_feedback(local: LocalShop) -> None:
     status, content = await local.call("POST", FEEDBACK, {"labels": [{"id": "a", "label": 3}]})
     assert (status, content["error"]["field"]) == (422, "label")
     assert await local.endpoint.flush() == 2
-    (table,) = parts(local.home, "labels")
-    assert table["id"].to_pylist() == ["a", "a"]
-    assert local.deltas[0].labels.equals(table)
-    assert (local.deltas[0].version, len(local.deltas[0].predictions)) == (0, 0)
-
-
-@asynchronous
-async def test_nothing_is_lost_while_the_disk_refuses(local: LocalShop) -> None:
-    await local.endpoint.reconfigure(local.config(1))
-    blocked = local.home.predictions("shop")
-    blocked.parent.mkdir(parents=True)
-    blocked.write_text("a file where the folder should be")
-    await local.predict([shop.ROW], ids=["a"])
-    with pytest.raises(NotADirectoryError):
-        await local.endpoint.flush()
-    await local.predict([shop.ROW], ids=["b"])
-    assert local.endpoint.describe()["pending_rows"] == 2
-    assert local.deltas == []
-    blocked.unlink()
-    assert await local.endpoint.flush() == 2
-    (table,) = parts(local.home, "predictions")
-    assert table["id"].to_pylist() == ["a", "b"]
-
-
-@asynchronous
-async def test_monitor_that_fails_costs_no_row(local: LocalShop) -> None:
-    def fail(delta: Any, confirm: bool) -> None:
-        raise RuntimeError("the monitor is gone")
-
-    await local.endpoint.reconfigure(local.config(1))
-    local.endpoint._log._sink = fail
-    await local.predict([shop.ROW], ids=["a"])
-    logging.disable(logging.CRITICAL)
-    try:
-        assert await local.endpoint.flush() == 1
-    finally:
-        logging.disable(logging.NOTSET)
-    assert len(parts(local.home, "predictions")) == 1
 
 
 @asynchronous
@@ -292,25 +277,28 @@ async def test_the_last_rows_are_written_at_the_end(local: LocalShop) -> None:
     await messages.put({"type": "lifespan.shutdown"})
     assert (await answers.get())["type"] == "lifespan.shutdown.complete"
     await life
-    assert len(parts(local.home, "predictions")) == 1
+    assert local.endpoint.describe()["pending_rows"] == 0
+    await local.endpoint.stop()
 
 
-def test_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MAX_PENDING_ROWS >= 100_000
-    monkeypatch.setattr("mlops_ray.serving.log.prediction_log.MAX_PENDING_ROWS", 3)
-    (tmp_path / "predictions").write_text("no folder")
+def spy(local: LocalShop) -> list[Answered]:
+    """Keep what the log is told, instead of the log."""
+    kept: list[Answered] = []
+    local.endpoint.log.add = kept.append  # type: ignore[method-assign]
+    return kept
 
-    async def fill() -> PredictionLog:
-        from types import SimpleNamespace
 
-        log = PredictionLog(tmp_path, "r", {})
-        for number in range(5):
-            item: Any = SimpleNamespace(ids=[str(number)], models=None)
-            log.add(item)
-        monkeypatch.setattr(log, "_write", lambda *a: (_ for _ in ()).throw(OSError("full")))
-        with pytest.raises(OSError, match="full"):
-            await log.flush()
-        return log
+def fail_with(local: LocalShop, failure: Any) -> None:
+    """Put a look-up that raises, or a function, in the place of the endpoint's."""
 
-    log = asyncio.run(fill())
-    assert (log.pending_rows, log.dropped_rows) == (3, 2)
+    class Lookup:
+        degraded = ""
+        reads: ClassVar[dict[str, Any]] = {}
+        keys = ("customer", "shop")
+
+        def __call__(self, inputs: Any) -> Any:
+            if isinstance(failure, Exception):
+                raise failure
+            return failure(inputs)
+
+    local.endpoint.scoring._lookup = Lookup()

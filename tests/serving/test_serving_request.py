@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 import orjson
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlops_ray.config.features import RequestField
 from mlops_ray.errors import RequestError
-from mlops_ray.serving.formats.request import RequestSchema, parse_feedback
+from mlops_ray.serving.formats.feedback import parse_feedback
+from mlops_ray.serving.formats.instants import instant
+from mlops_ray.serving.formats.request import PredictRequest, RequestSchema
 
 NOW = datetime(2024, 3, 1, tzinfo=UTC)
 INPUTS = {
@@ -215,6 +217,145 @@ bodies = st.one_of(
 )
 
 
+# Bodies that are sound, or wrong in one place: both ways of reading must say the same of them.
+texts = st.text(max_size=6) | st.sampled_from(["EWR", "", "\x00", "ä", "2013-03-01"])
+numbers = st.integers() | st.floats() | st.sampled_from([0, -0.0, 2**63 - 1, 2**63, 10**400, 1e4])
+times = st.one_of(
+    st.datetimes().map(datetime.isoformat),
+    st.datetimes(timezones=st.just(UTC)).map(lambda moment: moment.isoformat(" ")),
+    st.sampled_from(
+        [
+            "2013-03-01T13:15:00Z",
+            "0000-01-01T00:00:00Z",
+            "2013-03-01",
+            "20130301T131500Z",
+            "2013-03-01T24:00:00Z",
+            "2013-03-01T13:15:60Z",
+            "2013-03-01T13:15:00.1234567Z",
+            "2013-03-01t13:15:00z",
+            "2013-03-01T13:15Z",
+            "2013-W09-5T13",
+            "-0001-01-01T00:00:00Z",
+            "10000-01-01T00:00:00Z",
+            "2013-03-01T13:15:00+14:00",
+            "NaT",
+            "2013-03-01T13:15:00,5Z",
+            " 2013-03-01T13:15:00Z",
+            "0001-01-01T00:00:00+14:00",
+            "2013-03-01T13:15:00+24:00",
+        ]
+    ),
+)
+some_rows = st.builds(
+    lambda changes: {**ROW, **changes},
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "origin": texts,
+            "tail": texts | st.none(),
+            "flight": numbers,
+            "gate": numbers | st.none(),
+            "distance": numbers,
+            "wind": numbers | st.none(),
+            "late": st.booleans(),
+            "at": times,
+            "seen": times | st.none(),
+        },
+    ),
+)
+
+
+def as_list(request: Any) -> Any:
+    """What two requests are compared by; NaN equals NaN."""
+    if isinstance(request, RequestError):
+        return request.status, request.field, request.row, request.what
+    columns = {name: (c.dtype.str, c.tolist()) for name, c in request.columns.items()}
+    return request.rows, request.ids, repr(columns)
+
+
+def careful(body: bytes) -> Any:
+    """Read with the slow checks alone."""
+    quick = SCHEMA._json.read
+    SCHEMA._json.read = SCHEMA._json.read_carefully  # type: ignore[method-assign]
+    try:
+        return outcome(lambda: SCHEMA.parse(body))
+    finally:
+        SCHEMA._json.read = quick  # type: ignore[method-assign]
+
+
+@settings(deadline=None)
+@given(st.lists(some_rows, min_size=1, max_size=4), st.booleans())
+def test_quick_and_careful_reading_agree(rows: list[dict[str, Any]], by_columns: bool) -> None:
+    content: Any = {"rows": rows, "ids": None}
+    if by_columns:
+        content = {"columns": {name: [row[name] for row in rows] for name in ROW}}
+    body = json.dumps(content).encode()
+    assert as_list(outcome(lambda: SCHEMA.parse(body))) == as_list(careful(body))
+
+
+@settings(deadline=None)
+@given(bodies)
+def test_quick_and_careful_reading_agree_on_anything(body: bytes) -> None:
+    assert as_list(outcome(lambda: SCHEMA.parse(body))) == as_list(careful(body))
+
+
+@settings(deadline=None)
+@given(st.lists(times | st.none(), min_size=1, max_size=3))
+def test_many_times_are_read_as_one_is(values: list[str | None]) -> None:
+    schema = RequestSchema({"seen": INPUTS["seen"]}, max_rows=10_000)
+    for many in (values, values * 64):
+        request = outcome(lambda m=many: schema.parse(orjson.dumps({"columns": {"seen": m}})))
+        expected = outcome(lambda m=many: [one_time(v, row) for row, v in enumerate(m)])
+        if isinstance(expected, RequestError):
+            assert as_list(request) == as_list(expected)
+        else:
+            assert isinstance(request, PredictRequest)
+            assert request.columns["seen"].astype(np.int64).tolist() == expected
+
+
+def one_time(value: str | None, row: int) -> int:
+    return -(2**63) if value is None else instant(value, "seen", row)
+
+
+def test_a_sound_body_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = RequestSchema(INPUTS, max_rows=4)
+    monkeypatch.setattr(schema._json, "read_carefully", lambda body: pytest.fail("read twice"))
+    rows = [ROW, {**ROW, "wind": 3, "gate": None, "tail": "N1", "seen": ROW["at"]}]
+    schema.parse(orjson.dumps({"rows": rows, "ids": ["a", "b"]}))
+    schema.parse(orjson.dumps({"columns": {name: [ROW[name]] * 4 for name in ROW}}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fits"),
+    [
+        (RequestField(dtype="int", minimum=0.5, maximum=2.5), 0, False),
+        (RequestField(dtype="int", minimum=0.5, maximum=2.5), 1, True),
+        (RequestField(dtype="int", minimum=0.5, maximum=2.5), 2, True),
+        (RequestField(dtype="int", minimum=0.5, maximum=2.5), 3, False),
+        (RequestField(dtype="int", minimum=-math.inf, maximum=math.inf), 2**63 - 1, True),
+        (RequestField(dtype="int", minimum=1e30), 5, False),
+        (RequestField(dtype="int", maximum=-1e30), 5, False),
+        (RequestField(dtype="float", minimum=-math.inf, maximum=math.inf), 1e300, True),
+        (RequestField(dtype="float", minimum=0.1, maximum=0.1), 0.1, True),
+    ],
+)
+def test_bounds_of_any_kind(field: RequestField, value: float, fits: bool) -> None:
+    schema = RequestSchema({"x": field}, max_rows=1)
+    by_json = outcome(lambda: schema.parse(orjson.dumps({"rows": [{"x": value}]})))
+    by_array = outcome(lambda: schema.parse_arrays({"x": np.array([value])}))
+    assert isinstance(by_json, PredictRequest) == isinstance(by_array, PredictRequest) == fits
+
+
+def test_inputs_may_have_any_name() -> None:
+    names = ["class", "a b", "", "ids", "f1", "ä.valid"]
+    schema = RequestSchema({name: RequestField(dtype="int") for name in names}, max_rows=1)
+    row = {name: number for number, name in enumerate(names)}
+    request = schema.parse(orjson.dumps({"rows": [row]}))
+    assert {name: column.tolist() for name, column in request.columns.items()} == {
+        name: [number] for name, number in row.items()
+    }
+
+
 T = TypeVar("T")
 
 
@@ -270,6 +411,7 @@ def test_feedback() -> None:
         ({"label": 1}, "id"),
         ({"id": 3, "label": 1}, "id"),
         ({"id": "a", "label": 1, "known_at": "soon"}, "known_at"),
+        ({"id": "a", "label": 1, "known_at": "2024-03-02T00:00:01Z"}, "known_at"),
         ({"id": "a", "label": 1, "knownat": None}, "knownat"),
         ("a", "labels"),
     ],

@@ -55,7 +55,7 @@ def package(tmp_path_factory) -> packages.Package:
 
 def test_scores_are_those_of_the_module_in_any_batch(package):
     predictor = Predictor(package)
-    assert predictor.compiled
+    assert predictor.form == "torchscript"
     columns = TableColumns(rows(100, seed=9))
     together = predictor.predict(columns)
     module = build(package.manifest.model)
@@ -72,7 +72,7 @@ def test_scores_are_those_of_the_module_in_any_batch(package):
 def test_a_model_that_cannot_be_compiled_runs_eagerly(tmp_path):
     target = f"{Untraceable.__module__}.Untraceable"
     predictor = Predictor(make(tmp_path, target))
-    assert not predictor.compiled
+    assert predictor.form == "eager"
     scores = predictor.predict(TableColumns(rows(10)))
     assert scores.shape == (10,)
     assert ((scores > 0) & (scores < 1)).all()

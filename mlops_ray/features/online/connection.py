@@ -15,6 +15,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from mlops_ray.errors import FeatureStoreError
+from mlops_ray.features.online.failures import ServerGoneError
 
 Command = tuple[Any, ...]
 
@@ -24,10 +25,6 @@ _UNKNOWN_USER = (
     redis.exceptions.AuthorizationError,
     redis.exceptions.NoPermissionError,
 )
-
-
-class ServerGoneError(FeatureStoreError):
-    """A server does not answer. A refusal, also of a password, is no such error."""
 
 
 class RedisServer:

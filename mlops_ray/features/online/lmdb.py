@@ -20,6 +20,7 @@ from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.online.encoding import encode_keys
 from mlops_ray.features.online.environment import environment_of
+from mlops_ray.features.online.failures import Fallback, ServerGoneError
 from mlops_ray.features.online.layout import (
     Layout,
     StoredView,
@@ -59,6 +60,7 @@ class LmdbStore:
         self._readonly = readonly
         self._views = {name: stored_view(features, name) for name in features.views}
         self._environment = environment_of(path, readonly)
+        self._online = features.online
         self._thread = _Thread()
 
     def write(self, view: str, rows: pa.Table) -> int:
@@ -129,20 +131,32 @@ class LmdbStore:
         return True
 
     def reader(self, views: Sequence[str]) -> Reader:
-        """Return a reader of several views, whose rows it sees in one consistent state."""
+        """Return a reader of several views, whose rows it sees in one consistent state.
+
+        A folder that is removed is read on as it was, from memory. Where LMDB itself fails, the
+        reader does what ``features.online.on_failure`` says; see ``Fallback``.
+        """
         stored = [self._view(view) for view in views]
         prefixes = [_prefix(_ROW, view) for view in stored]
         environment = self._environment
+        timeout_s = self._online.timeout.total_seconds()
+        fallback = Fallback(self._online.on_failure, len(views), timeout_s)
+
+        def get_all(encoded: list[list[bytes | None]]) -> list[Values]:
+            try:
+                with environment.lmdb.begin() as transaction:
+                    get = transaction.get
+                    return [[None if k is None else get(k) for k in keys] for keys in encoded]
+            except lmdb.Error as error:
+                raise ServerGoneError(
+                    "the online store cannot be read", where=str(self._path), why=str(error)
+                ) from error
 
         def fetch(keys: Sequence[Keys]) -> list[Values]:
-            with environment.lmdb.begin() as transaction:
-                get = transaction.get
-                return [
-                    [None if key is None else get(key) for key in encode_keys(prefix, columns)]
-                    for prefix, columns in zip(prefixes, keys, strict=True)
-                ]
+            encoded = [encode_keys(p, columns) for p, columns in zip(prefixes, keys, strict=True)]
+            return fallback.read(encoded, lambda: get_all(encoded))
 
-        return Reader(stored, fetch, self._layout_of)
+        return Reader(stored, fetch, self._layout_of, fallback)
 
     def read_matrix(
         self, view: str, keys: Keys, at_us: NDArray[np.int64]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.columns import NO_TIME
 from mlops_ray.features.definitions import ARROW_TYPES
+from mlops_ray.features.online.failures import Fallback
 from mlops_ray.features.online.layout import FLOAT, HEAD, WORD, Layout, StoredView, convert
 from mlops_ray.features.online.protocol import EXPIRED, NOT_FOUND, NULL, PRESENT, Keys
 
@@ -22,6 +23,19 @@ Values = list[bytes | None]
 
 _LENGTH_BIT = 32
 _OFFSET = (1 << _LENGTH_BIT) - 1
+
+
+@dataclass(slots=True)
+class Reads:
+    """What a reader has met of a view: rows read, not there, and older than the view's TTL.
+
+    ``age_s`` is the age of a row when it was last read, at the moment that was asked for.
+    """
+
+    rows: int = 0
+    missing: int = 0
+    expired: int = 0
+    age_s: float | None = None
 
 
 @dataclass
@@ -47,6 +61,7 @@ class Reader:
         fetch: Returns the values of each view, given the keys of each.
         layout_of: Returns the layout that a value of another than its view's begins with; None where
             such a value counts as missing.
+        fallback: Says what is done when the store cannot be reached.
 
     Raises:
         FeatureStoreError: There is no view.
@@ -57,12 +72,15 @@ class Reader:
         views: Sequence[StoredView],
         fetch: Callable[[Sequence[Keys]], list[Values]],
         layout_of: Callable[[StoredView, bytes], Layout | None],
+        fallback: Fallback,
     ) -> None:
         if not views:
             raise FeatureStoreError("a reader needs a view to read")
         self._views = views
         self._fetch = fetch
         self._layout_of = layout_of
+        self._fallback = fallback
+        self._counted = [Reads() for _ in views]
         self._other_layouts: dict[bytes, Layout] = {}
         layouts = [view.layout for view in views]
         self._blanks = [layout.blank for layout in layouts]
@@ -87,12 +105,24 @@ class Reader:
         self._all_numeric = len(self._numeric) == len(dtypes)
         self._whole = np.flatnonzero([dtypes[at] == "int" for at in self._numeric])
         self._numeric_words = self._places[self._numeric]
-        self._single = [_SingleRow(view) for view in views]
+        self._single = [
+            _SingleRow(view, reads) for view, reads in zip(views, self._counted, strict=True)
+        ]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The features, ``<view>__<feature>``, in order."""
         return tuple(self._names)
+
+    @property
+    def degraded(self) -> str:
+        """What the last read did without the store: ``missing`` or ``stale``; nothing as a rule."""
+        return self._fallback.degraded
+
+    @property
+    def reads(self) -> dict[str, Reads]:
+        """What was read so far, by view. Readers in several threads may count a little less."""
+        return {view.name: reads for view, reads in zip(self._views, self._counted, strict=True)}
 
     @property
     def numeric_names(self) -> tuple[str, ...]:
@@ -218,7 +248,23 @@ class Reader:
         event = words.take(self._event, 1)
         after = np.maximum(event, words.take(self._created, 1)) > at
         # A missing row's event time is the largest number there is; its age would overflow.
-        return (at - event > self._ttl_us) & ~after, after
+        age = at - event
+        old = (age > self._ttl_us) & ~after
+        self._count(old, after, age)
+        return old, after
+
+    def _count(
+        self, old: NDArray[np.bool_], after: NDArray[np.bool_], age: NDArray[np.int64]
+    ) -> None:
+        expired = old.sum(0).tolist() if old.any() else [0] * len(self._counted)
+        missing = after.sum(0).tolist() if after.any() else [0] * len(self._counted)
+        first = after.argmin(0).tolist() if len(age) else []
+        for place, reads in enumerate(self._counted):
+            reads.rows += len(age)
+            reads.expired += expired[place]
+            reads.missing += missing[place]
+            if len(age) and not after[first[place], place]:
+                reads.age_s = int(age[first[place], place]) / 1e6
 
     def _status(self, words: NDArray[np.int64], at_us: NDArray[np.int64]) -> NDArray[np.uint8]:
         old, after = self._judge(words, at_us)
@@ -280,8 +326,9 @@ class Reader:
 class _SingleRow:
     """Decodes one row of a view, its numeric features only."""
 
-    def __init__(self, view: StoredView) -> None:
+    def __init__(self, view: StoredView, reads: Reads) -> None:
         layout = view.layout
+        self._reads = reads
         self._ttl_us = view.ttl_us
         self._unpack = layout.unpack
         self._first = layout.first
@@ -298,10 +345,17 @@ class _SingleRow:
     ) -> None:
         """Append the row's numbers and their statuses as of ``at_us``."""
         row = None if value is None else self._unpack(value)
+        reads = self._reads
+        reads.rows += 1
         if row is None or row[1] > at_us or row[2] > at_us:
+            reads.missing += 1
             numbers += self._blank
             statuses += self._bytes[NOT_FOUND]
-        elif at_us - row[1] > self._ttl_us:
+            return
+        age_us = at_us - row[1]
+        reads.age_s = age_us / 1e6
+        if age_us > self._ttl_us:
+            reads.expired += 1
             numbers += self._blank
             statuses += self._bytes[EXPIRED]
         elif any(row[HEAD : self._first]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from mlops_ray.config.features import Features
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.online import scripts
-from mlops_ray.features.online.connection import Command, RedisServer, ServerGoneError
+from mlops_ray.features.online.connection import Command, RedisServer
 from mlops_ray.features.online.encoding import encode_keys
+from mlops_ray.features.online.failures import Fallback, ServerGoneError
 from mlops_ray.features.online.layout import (
     Layout,
     StoredView,
@@ -63,8 +63,7 @@ class RedisStore:
     def __init__(self, features: Features, project: str, *, readonly: bool = False) -> None:
         self._server = RedisServer(features.online.url, features.online.timeout.total_seconds())
         self._timeout_s = features.online.timeout.total_seconds()
-        self._may_miss = features.online.on_failure == "missing"
-        self._silent_until_s = 0.0
+        self._on_failure = features.online.on_failure
         self._readonly = readonly
         self._project = project
         self._views = {name: stored_view(features, name) for name in features.views}
@@ -168,24 +167,26 @@ class RedisStore:
     def reader(self, views: Sequence[str]) -> Reader:
         """Return a reader of several views, whose rows it sees in one consistent state.
 
-        It reads all of them in one round trip. Where ``features.online.on_failure`` is missing and
-        the server does not answer, every feature is NOT_FOUND, and for as long as a timeout takes the
+        It reads all of them in one round trip. Where the server does not answer, it does what
+        ``features.online.on_failure`` says (see ``Fallback``), and for as long as a timeout takes the
         server is not asked again.
         """
         stored = [self._view(view) for view in views]
         names = [self._rows_key(view) for view in stored]
+        fallback = Fallback(self._on_failure, len(views), self._timeout_s)
 
         def fetch(keys: Sequence[Keys]) -> list[Values]:
             encoded = [encode_keys(b"", columns) for columns in keys]
-            if self._may_miss and time.monotonic() < self._silent_until_s:
-                return [[None] * len(column) for column in encoded]
-            try:
-                return self._get(names, encoded)
-            except ServerGoneError as error:
-                self._miss(error)
-                return [[None] * len(column) for column in encoded]
+            return fallback.read(encoded, lambda: self._get(names, encoded))
 
-        return Reader(stored, fetch, self._layout_of)
+        def layout_of(view: StoredView, schema: bytes) -> Layout | None:
+            try:
+                return self._layout_of(view, schema)
+            except ServerGoneError as error:
+                fallback.miss(error)
+                return None
+
+        return Reader(stored, fetch, layout_of, fallback)
 
     def read_matrix(
         self, view: str, keys: Keys, at_us: NDArray[np.int64]
@@ -226,12 +227,6 @@ class RedisStore:
             return [self._server.call(commands[0])]
         return self._server.transaction(commands)
 
-    def _miss(self, error: ServerGoneError) -> None:
-        """Do without the server for a while, or raise."""
-        if not self._may_miss:
-            raise error
-        self._silent_until_s = time.monotonic() + self._timeout_s
-
     def _cursor_content(self, view: str) -> bytes:
         """Return the cursor as the server keeps it, empty where there is none."""
         key = self._rows_key(self._view(view))
@@ -262,12 +257,8 @@ class RedisStore:
     def _rows_key(self, view: StoredView) -> bytes:
         return f"{self._project}:{view.name}:{view.digest.hex()}".encode()
 
-    def _layout_of(self, view: StoredView, schema: bytes) -> Layout | None:
-        try:
-            content = self._server.call((b"HGET", self._layouts, schema))
-        except ServerGoneError as error:
-            self._miss(error)
-            return None
+    def _layout_of(self, view: StoredView, schema: bytes) -> Layout:
+        content = self._server.call((b"HGET", self._layouts, schema))
         if content is None:
             raise unknown_layout(view.name, self._server.address)
         return Layout.from_json(content)

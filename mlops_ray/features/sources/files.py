@@ -45,11 +45,11 @@ def read_path(source: Source, where: str) -> Batches:
 
         return read_iceberg(path, source.options, where)
     filesystem, place = _locate(path, source, where)
-    if source.format == "delta" or _is_delta(filesystem, place):
+    if source.format == "delta" or is_delta(filesystem, place):
         from mlops_ray.features.sources.lakes import read_delta
 
         return read_delta(path, filesystem, place, source.options, where)
-    files = _files(filesystem, place)
+    files = list_files(filesystem, place)
     if not files:
         raise SourceError(
             f"there is no file at {path}",
@@ -181,7 +181,8 @@ def _is_wild(path: str) -> bool:
     return any(sign in path for sign in _WILD)
 
 
-def _is_delta(filesystem: Any, place: str) -> bool:
+def is_delta(filesystem: Any, place: str) -> bool:
+    """Say whether a path is that of a Delta table."""
     from pyarrow import fs
 
     if _is_wild(place):
@@ -190,7 +191,7 @@ def _is_delta(filesystem: Any, place: str) -> bool:
     return bool(found.type == fs.FileType.Directory)
 
 
-def _files(filesystem: Any, place: str) -> list[str]:
+def list_files(filesystem: Any, place: str) -> list[str]:
     """Return the files that a path means, in order of their names; hidden ones are left out."""
     from pyarrow import fs
 

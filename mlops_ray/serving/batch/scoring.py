@@ -1,4 +1,8 @@
-"""Batch scoring: Parquet in, Parquet with scores out, by Ray Data.
+"""Batch scoring: rows in, the same rows with scores out, each exactly once.
+
+The input is cut into numbered pieces. A worker writes a piece's output to a file of its own, and then
+that the piece is finished; when all are, the files become the output in one step. A job that is killed
+at any moment goes on from the finished pieces when it is called again.
 
 Features are joined from the offline store as of each row's own time, so rows of the past are scored
 with what was known then; a row of now gets what the online store would give.
@@ -8,220 +12,239 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from pyarrow import dataset as datasets
 
-from mlops_ray.config.base import Frozen
-from mlops_ray.config.features import Features
-from mlops_ray.config.project import BatchPredict
-from mlops_ray.errors import DataError, SchemaError, ServingError, SourceError
-from mlops_ray.features.join import HeldView
+from mlops_ray.config.batch import BatchPredict
+from mlops_ray.config.features import Features, FeatureService
+from mlops_ray.config.serving import Serving
+from mlops_ray.errors import DataError, ServingError
 from mlops_ray.features.offline import OfflineStore
-from mlops_ray.features.service import find_service, inputs_of, on_demand_features, stored_columns
+from mlops_ray.features.service import find_service, inputs_of
+from mlops_ray.metadata import package as packages
+from mlops_ray.metadata.digest import digest_json
+from mlops_ray.metadata.files import write_whole
+from mlops_ray.metadata.package import Package
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.orchestration.context import Context
-from mlops_ray.serving.deployment.traces import root_cause
+from mlops_ray.serving.batch.duplicates import repeated_rows
+from mlops_ray.serving.batch.folder import Done, Job, JobFolder, exclusive, only
+from mlops_ray.serving.batch.inputs import Input, open_input
+from mlops_ray.serving.batch.outputs import Output, job_home, open_output
+from mlops_ray.serving.batch.pool import run_pieces
+from mlops_ray.serving.batch.report import BatchResult, summarise, write_rejected
+from mlops_ray.serving.batch.worker import PROFILED_ROWS, ScoringPlan, output_schema
+from mlops_ray.serving.log.pieces import publish_piece
 
-SCORE, LABEL, VERSION = "score", "predicted_label", "model_version"
-
-
-class BatchResult(Frozen):
-    """What a batch was scored with. ``feature_versions`` are those of the views' offline tables."""
-
-    rows: int
-    output: str
-    model: str
-    version: int
-    feature_versions: dict[str, int]
+_LETTERS = 16
 
 
 @dataclass(frozen=True)
-class ScoringPlan:
-    """All that a worker needs to score rows."""
+class Batch:
+    """What a call of ``score_batch`` works with."""
 
+    context: Context
+    project: str
     features: Features
-    service: str
-    offline: Path
-    versions: Mapping[str, int]
-    package: str
-    version: int
-    threshold: float
+    serving: Serving
+    settings: BatchPredict
+    model: ModelVersion
+    package: Package
+    home: Path
 
+    @property
+    def service(self) -> FeatureService:
+        """The service of the model."""
+        return find_service(self.features, self.package.manifest.service_name)
 
-class Scorer:
-    """Scores tables of a service's inputs; one in each worker."""
-
-    def __init__(self, plan: ScoringPlan) -> None:
-        from mlops_ray.metadata import package
-        from mlops_ray.training.inference import Predictor
-
-        self._plan = plan
-        self._service = find_service(plan.features, plan.service)
-        self._on_demand = on_demand_features(plan.features, plan.service)
-        store = OfflineStore(plan.offline, plan.features)
-        self._views = [
-            HeldView(plan.features, view, store, plan.versions[view])
-            for view in self._service.views
-        ]
-        self._predictor = Predictor(package.read(plan.package))
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return the rows with score, predicted label and model version.
-
-        Raises:
-            SchemaError: An input is missing or has the wrong type.
-        """
-        if rows.num_rows == 0:
-            return _scored(rows, np.empty(0), self._plan)
-        columns: dict[str, Any] = {}
-        for view in self._views:
-            columns |= stored_columns(view.join(rows, self._service.time))
-        columns |= self._on_demand(inputs_of(rows, self._service), columns)
-        return _scored(rows, self._predictor.predict(columns), self._plan)
+    @property
+    def wanted(self) -> object:
+        """A JSON value that is another one where other rows, or other scores, are asked for."""
+        ignored = {"rejected", "max_rejected", "workers", "model"}
+        return {
+            "model": self.package.digest,
+            "version": self.model.version,
+            "features": self.features.model_dump(mode="json"),
+            "threshold": self.serving.threshold,
+            "log": self.serving.log.model_dump(mode="json") if self.settings.log else None,
+            "batch": self.settings.model_dump(mode="json", exclude=ignored),
+        }
 
 
 def score_batch(
     context: Context,
     project: str,
     features: Features,
-    service: str,
+    serving: Serving,
     model: ModelVersion,
-    batch: BatchPredict,
-    threshold: float,
+    settings: BatchPredict,
 ) -> BatchResult:
-    """Score ``batch.input`` and put it, whole or not at all, at the folder ``batch.output``.
+    """Score ``settings.input`` with a model and put the rows, whole or not at all, in the output.
 
     The output has the input's rows in their order and its columns, followed by ``score`` (float64),
-    ``predicted_label`` (int8) and ``model_version`` (int64). An output that is there is replaced.
+    ``predicted_label`` (int8) and ``model_version`` (int64). Where a call of the same batch was
+    interrupted, this one goes on with its finished pieces and its versions of the features.
 
     Raises:
-        SourceError: There is no input.
+        SourceError: There is no input, or it cannot be read.
         SchemaError: A column is missing or has the wrong type.
-        DataError: A null where the input may not have one.
-        ServingError: Scoring failed for another reason.
+        DataError: More rows are refused than may be; they are in the file of rejected rows.
+        ServingError: Another call is at work on the output, or scoring failed.
     """
-    schema = _input_schema(batch.input)
-    _check(schema, features, service, batch.input)
-    offline = context.home.offline(project)
-    store = OfflineStore(offline, features)
-    views = find_service(features, service).views
-    versions = {view: store.version(view) for view in views}
-    plan = ScoringPlan(
-        features, service, offline, versions, model.package, model.version, threshold
-    )
-    draft = batch.output.with_name(f".{batch.output.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        _run(plan, batch, draft)
-        rows = _count(draft)
-        expected = _count(batch.input)
-        if rows != expected:
-            raise ServingError(f"{rows} rows were scored out of {expected}", where=str(batch.input))
-        _replace(draft, batch.output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    context.reporter.progress(rows=rows, message=f"{rows} rows scored")
-    return BatchResult(
-        rows=rows,
-        output=str(batch.output),
-        model=model.name,
-        version=model.version,
-        feature_versions=versions,
-    )
+    home = job_home(settings, context.home)
+    read = packages.read(model.package)
+    batch = Batch(context, project, features, serving, settings, model, read, home)
+    with exclusive(home / "lock", settings.output):
+        return _score(batch)
 
 
-def _input_schema(path: Path) -> pa.Schema:
-    try:
-        return datasets.dataset(path, format="parquet").schema
-    except FileNotFoundError as error:
-        raise SourceError(
-            "there is no such file or folder", where=str(path), fix="set batch.input"
-        ) from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(
-            "this is no readable Parquet", where=str(path), why=str(error), fix="set batch.input"
-        ) from error
-
-
-def _check(schema: pa.Schema, features: Features, service: str, path: Path) -> None:
-    taken = {SCORE, LABEL, VERSION} & set(schema.names)
-    if taken:
-        raise SchemaError(
-            f"the input has a column {', '.join(sorted(taken))}, which the output adds",
-            where=str(path),
-            fix="rename it",
+def _score(batch: Batch) -> BatchResult:
+    settings = batch.settings
+    staging = batch.home / f"query-{digest_json([settings.input, settings.query])[:_LETTERS]}"
+    source = open_input(settings, batch.service.inputs, staging)
+    inputs_of(source.reader.schema.empty_table(), batch.service)
+    output = open_output(settings, source.kind, batch.context.home)
+    schema = output.check(output_schema(source.reader.schema))
+    identity = digest_json([batch.wanted, source.identity])[:_LETTERS]
+    folder = JobFolder(output.work / identity, batch.home / "log" / identity, output.kind)
+    only(output.work, {identity})
+    only(folder.log.parent, {identity})
+    if not folder.report.is_file():
+        job = _job(batch, source, folder, identity)
+        if settings.append and output.holds(job.id):
+            return _was_there(batch, job)
+        plan = ScoringPlan(
+            features=batch.features,
+            service=batch.package.manifest.service_name,
+            offline=batch.context.home.offline(batch.project),
+            versions=job.feature_versions,
+            model=batch.model,
+            threshold=batch.serving.threshold,
+            batch=settings,
+            reader=source.reader,
+            schema=schema,
+            folder=folder,
+            headers=output.headers,
+            stride=max(1, source.rows // PROFILED_ROWS),
+            job=job.id,
+            log=batch.serving.log if settings.log else None,
+            predictions=batch.context.home.predictions(batch.project),
         )
-    declared = find_service(features, service)
-    inputs_of(schema.empty_table(), declared)
-    source = datasets.dataset(path, format="parquet")
-    for name, field in declared.inputs.items():
-        nulls = 0 if field.nullable else source.count_rows(filter=pc.field(name).is_null())
-        if nulls:
-            raise DataError(
-                f"input {name!r} has {nulls} nulls",
-                where=str(path),
-                fix="leave these rows out, or declare the input nullable",
-            )
+        result = _finish_pieces(batch, job, plan, _rejected(batch, output))
+        write_whole(folder.report, result.model_dump_json().encode())
+    result = BatchResult.model_validate_json(folder.report.read_bytes())
+    _settle(batch, result, folder, output, schema)
+    shutil.rmtree(staging, ignore_errors=True)
+    return result
 
 
-def _run(plan: ScoringPlan, batch: BatchPredict, draft: Path) -> None:
-    import ray
-    from ray.exceptions import RayError
+def _job(batch: Batch, source: Input, folder: JobFolder, identity: str) -> Job:
+    """Return the job that was begun and is not finished, or a new one."""
+    if folder.job.is_file():
+        return Job.model_validate_json(folder.job.read_bytes())
+    store = OfflineStore(batch.context.home.offline(batch.project), batch.features)
+    versions = {view: store.version(view) for view in batch.service.views}
+    # What is added to a place must be known again there; what replaces it may do so once more.
+    once = "" if batch.settings.append else uuid.uuid4().hex
+    digest = digest_json([identity, versions, once])[:_LETTERS]
+    return Job(id=digest, pieces=source.pieces, feature_versions=versions)
 
-    settings = ray.data.DataContext.get_current()
-    settings.execution_options.preserve_order = True
-    settings.enable_progress_bars = False
+
+def _finish_pieces(batch: Batch, job: Job, plan: ScoringPlan, rejected: Path) -> BatchResult:
+    folder = plan.folder
+    folder.begin(job)
+    if plan.batch.id and not folder.repeated.is_file():
+        ids, rows = folder.root / "ids", plan.batch.batch_rows
+        np.save(folder.repeated, repeated_rows(plan.reader, job.pieces, plan.batch.id, rows, ids))
+    finished = folder.finished()
+    resumed = len(finished)
+    left = [piece for piece in job.pieces if piece.number not in finished]
     try:
-        (
-            ray.data.read_parquet(str(batch.input))
-            .map_batches(
-                Scorer,
-                fn_constructor_args=(plan,),
-                batch_format="pyarrow",
-                batch_size=batch.batch_rows,
-                compute=ray.data.ActorPoolStrategy(size=batch.workers),
-                num_cpus=1,
-            )
-            .write_parquet(str(draft))
-        )
-    except (RayError, RuntimeError) as error:
-        raise ServingError(
-            "the batch could not be scored",
-            where=str(batch.input),
-            why=root_cause(str(error)),
-            fix="see ray-data among the logs of Ray's session for more",
-        ) from error
-
-
-def _scored(rows: pa.Table, scores: Any, plan: ScoringPlan) -> pa.Table:
-    labels = pc.cast(pc.greater_equal(pa.array(scores, pa.float64()), plan.threshold), pa.int8())
-    version = pa.array(np.full(rows.num_rows, plan.version, dtype=np.int64))
-    return (
-        rows.append_column(SCORE, pa.array(scores, pa.float64()))
-        .append_column(LABEL, labels)
-        .append_column(VERSION, version)
+        _watch(batch, job, finished)
+        with closing(run_pieces(plan, left)) as results:
+            for done in results:
+                finished[done.number] = done
+                _watch(batch, job, finished)
+    except DataError:
+        write_rejected(folder, finished.values(), rejected)
+        shutil.rmtree(folder.root, ignore_errors=True)
+        raise
+    return summarise(
+        job,
+        batch.model,
+        batch.package.reference,
+        batch.settings.output,
+        rejected,
+        finished.values(),
+        resumed,
     )
 
 
-def _count(path: Path) -> int:
-    return int(datasets.dataset(path, format="parquet").count_rows())
+def _watch(batch: Batch, job: Job, finished: Mapping[int, Done]) -> None:
+    """Tell how far the job is.
+
+    Raises:
+        DataError: More rows have been refused than may be.
+    """
+    rows = sum(done.rows for done in finished.values())
+    refused = sum(done.refused for done in finished.values())
+    whole = sum(piece.rows for piece in job.pieces)
+    of = rows + refused if len(finished) == len(job.pieces) else whole
+    more = f", {refused:,} rejected" if refused else ""
+    batch.context.reporter.progress(rows=rows, message=f"{rows:,} of {of:,} rows scored{more}")
+    if refused > batch.settings.max_rejected * of:
+        reasons = sum((Counter(done.reasons) for done in finished.values()), Counter[str]())
+        told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
+        raise DataError(
+            f"{refused:,} of {of:,} rows are not what {batch.package.manifest.service_name!r} "
+            f"declares; {batch.settings.max_rejected:.2%} may be",
+            where=batch.settings.input,
+            why=told,
+            fix="see the file of rejected rows; correct the input, or raise max_rejected",
+        )
 
 
-def _replace(draft: Path, output: Path) -> None:
-    """Put the draft in the output's place. A reader sees the old one, the new one, or for a moment
-    none; never a mixture."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    old = draft.with_name(f"{draft.name}.old")
-    if output.exists():
-        output.rename(old)
-    draft.rename(output)
-    if old.is_dir():
-        shutil.rmtree(old)
+def _settle(
+    batch: Batch, result: BatchResult, folder: JobFolder, output: Output, schema: pa.Schema
+) -> None:
+    """Put everything in its place. Each of these steps may come again after a kill."""
+    output.commit(result.job, schema, folder.parts)
+    rejected = _rejected(batch, output)
+    if result.rejected:
+        write_rejected(folder, folder.finished().values(), rejected)
     else:
-        old.unlink(missing_ok=True)
+        rejected.unlink(missing_ok=True)
+    if batch.settings.log:
+        predictions = batch.context.home.predictions(batch.project)
+        for number in range(result.pieces):
+            publish_piece(folder.logged(number), predictions, result.job, number)
+    if batch.settings.append:
+        write_whole(_told(batch, result.job), result.model_dump_json().encode())
+    shutil.rmtree(folder.log, ignore_errors=True)
+    shutil.rmtree(output.work, ignore_errors=True)
+
+
+def _was_there(batch: Batch, job: Job) -> BatchResult:
+    told = _told(batch, job.id)
+    if not told.is_file():
+        raise ServingError(
+            "these rows have been added to the output before, from another home",
+            where=batch.settings.output,
+            fix="there is nothing to do; to add them again, remove the others first",
+        )
+    result = BatchResult.model_validate_json(told.read_bytes())
+    return result.model_copy(update={"was_there": True})
+
+
+def _told(batch: Batch, job: str) -> Path:
+    return batch.home / "added" / f"{job}.json"
+
+
+def _rejected(batch: Batch, output: Output) -> Path:
+    return Path(batch.settings.rejected).absolute() if batch.settings.rejected else output.rejected

@@ -1,145 +1,70 @@
-"""Clients of an endpoint's HTTP routes: ``Client`` for threads, ``AsyncClient`` for event loops.
+"""Clients of an endpoint: ``Client`` for threads, ``AsyncClient`` for event loops.
 
-Connections are kept open. A call is repeated when a connection breaks, but only where that cannot
-count anything twice: when nothing had been sent yet, and for calls that may be repeated (reading,
-labels, and predictions with ids of their own).
+Every prediction carries an id, made up here where none is given, and is known by it in the log and to
+the monitor. So a prediction may be sent again, after a failure or beside a request that takes long,
+without being counted twice.
 """
 
 from __future__ import annotations
 
-import asyncio
-import http.client
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date, datetime
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Self
 
-import orjson
-
-from mlops_ray.errors import RequestError, ServingError
+from mlops_ray.errors import ServingError
 from mlops_ray.metadata.types import Endpoint
+from mlops_ray.serving.client import wire
+from mlops_ray.serving.client.blocking import BlockingExchange
+from mlops_ray.serving.client.exchange import Exchange, tls_context
+from mlops_ray.serving.client.hedging import Hedging
+from mlops_ray.serving.client.results import Explanation, Prediction
+from mlops_ray.serving.client.retries import Retries
+from mlops_ray.serving.client.wire import Call, Columns, Routes, Rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TIMEOUT_S = 30.0
+CONNECTIONS = 64
 
-_PAUSES_S = (0.05, 0.2, 0.8)
-_OPTIONS = orjson.OPT_SERIALIZE_NUMPY
-_JSON = {"Content-Type": "application/json"}
-_NO_LOG = {**_JSON, "X-Mlops-Ray-Log": "off"}
-
-Rows = Sequence[Mapping[str, Any]]
-Columns = Mapping[str, Sequence[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """An answer: for each row its id, its score in [0, 1], and the score against the threshold."""
-
-    version: int
-    ids: list[str]
-    scores: list[float]
-    labels: list[int]
-
-
-class Client:
-    """Calls an endpoint from ordinary code; safe to share between threads, which take turns."""
-
-    def __init__(self, endpoint: Endpoint, *, timeout_s: float = TIMEOUT_S) -> None:
-        self._routes = _Routes(endpoint)
-        address = urlsplit(endpoint.url)
-        self._connection = http.client.HTTPConnection(
-            address.hostname or "127.0.0.1", address.port, timeout=timeout_s
-        )
-        self._turn = threading.Lock()
-
-    def predict(
-        self,
-        rows: Rows | None = None,
-        *,
-        columns: Columns | None = None,
-        ids: Sequence[str] | None = None,
-        log: bool = True,
-    ) -> Prediction:
-        """Return the scores of ``rows`` (or of the same, column by column).
-
-        Args:
-            rows: One mapping of the service's inputs for each row.
-            columns: Instead of rows: one sequence for each input.
-            ids: One for each row, to which a label can refer later; made up when left out.
-            log: Whether the prediction counts for monitoring.
-
-        Raises:
-            RequestError: The endpoint refuses the request; ``field`` and ``row`` say where.
-            ServingError: The endpoint cannot be reached, or fails.
-        """
-        body = _predict_body(rows, columns, ids)
-        answer = self._call(
-            "POST", self._routes.predict, body, _JSON if log else _NO_LOG, bool(ids)
-        )
-        return _prediction(answer)
-
-    def feedback(self, labels: Rows) -> int:
-        """Tell outcomes: mappings with ``id``, ``label`` (0 or 1) and perhaps ``known_at``.
-
-        A label may be told again, and late. Returns how many were accepted. Raises as ``predict``.
-        """
-        answer = self._call("POST", self._routes.feedback, _dumps({"labels": labels}), _JSON, True)
-        return int(answer["accepted"])
-
-    def metadata(self) -> dict[str, Any]:
-        """Return what the endpoint serves: versions by alias, packages, inputs, mode."""
-        answer: dict[str, Any] = self._call("GET", self._routes.metadata, None, {}, True)
-        return answer
-
-    def close(self) -> None:
-        """Close the connection; the next call opens it again."""
-        with self._turn:
-            self._connection.close()
-
-    def _call(
-        self, method: str, path: str, body: bytes | None, headers: dict[str, str], repeat: bool
-    ) -> Any:
-        with self._turn:
-            for pause_s in (*_PAUSES_S, None):
-                sent = False
-                try:
-                    if self._connection.sock is None:
-                        self._connection.connect()
-                    sent = True
-                    self._connection.request(method, path, body, headers)
-                    response = self._connection.getresponse()
-                    return _content(response.status, response.read(), path)
-                except (OSError, http.client.HTTPException) as error:
-                    self._connection.close()
-                    if pause_s is None or (sent and not repeat):
-                        raise _unreachable(self._routes.url + path, error) from error
-                    time.sleep(pause_s)
-        raise AssertionError("not reached")
+_ID = "id"
 
 
 class AsyncClient:
-    """Calls an endpoint from an event loop, on up to ``connections`` connections at once.
+    """Calls an endpoint from an event loop. Use it with ``async with``, or call ``close``.
 
-    Use it with ``async with``, or call ``close``. Methods are those of ``Client``. Without
-    ``repeat``, a prediction is never tried twice: what breaks is seen.
+    Args:
+        endpoint: What ``deploy`` returned, or a URL like ``http://host:8000/v1/models/NAME``.
+        model: The model's name, where the URL does not say it.
+        token: A bearer token, where the endpoint wants one.
+        timeout_s: How long a call may take, all its tries together; the endpoint is told.
+        connections: How many requests are under way at once; more wait for their turn.
+        retries: When calls are tried again; None tries each just once: what breaks is seen.
+        hedging: When predictions and explanations are sent a second time; None for never.
+        verify: Whether the certificate of an ``https`` endpoint is checked.
+        ca_file: A PEM file with the certificate that signed the endpoint's.
     """
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: Endpoint | str,
         *,
-        connections: int = 64,
+        model: str | None = None,
+        token: str | None = None,
         timeout_s: float = TIMEOUT_S,
-        repeat: bool = True,
+        connections: int = CONNECTIONS,
+        retries: Retries | None = Retries(),  # noqa: B008, it is frozen
+        hedging: Hedging | None = None,
+        verify: bool = True,
+        ca_file: Path | str | None = None,
     ) -> None:
-        self._routes = _Routes(endpoint)
-        self._connections = connections
-        self._repeat = repeat
+        self._routes = Routes(endpoint, model)
         self._timeout_s = timeout_s
-        self._session: Any = None
+        context = tls_context(self._routes.secure, verify, ca_file)
+        headers = _authorization(token)
+        self._exchange = Exchange(headers, retries, hedging, connections, context)
 
     async def __aenter__(self) -> Self:
         return self
@@ -157,138 +82,216 @@ class AsyncClient:
         rows: Rows | None = None,
         *,
         columns: Columns | None = None,
+        table: pa.Table | None = None,
         ids: Sequence[str] | None = None,
         log: bool = True,
+        timeout_s: float | None = None,
     ) -> Prediction:
-        """Return the scores; see ``Client.predict``."""
-        body = _predict_body(rows, columns, ids)
-        headers = _JSON if log else _NO_LOG
-        pauses = _PAUSES_S if self._repeat else ()
-        answer = await self._call("POST", self._routes.predict, body, headers, bool(ids), pauses)
-        return _prediction(answer)
+        """Return the scores of rows, given in one of three forms.
 
-    async def feedback(self, labels: Rows) -> int:
-        """Tell outcomes; see ``Client.feedback``."""
-        body = _dumps({"labels": labels})
-        return int((await self._call("POST", self._routes.feedback, body, _JSON, True))["accepted"])
+        Args:
+            rows: One mapping of the service's inputs for each row.
+            columns: Instead of rows: one sequence for each input.
+            table: Instead of both, for many rows: an Arrow table of the inputs.
+            ids: One for each row, to which a label can refer later; made up when left out. A table
+                may have them in a column ``id``.
+            log: Whether the prediction counts for monitoring.
+            timeout_s: For this call.
 
-    async def metadata(self) -> dict[str, Any]:
-        """Return what the endpoint serves; see ``Client.metadata``."""
-        answer: dict[str, Any] = await self._call("GET", self._routes.metadata, None, {}, True)
+        Raises:
+            RequestError: The endpoint refuses the request; ``status``, ``field`` and ``row`` say why.
+            ServingError: The endpoint cannot be reached, fails, or does not answer in time.
+        """
+        call = _predict_call(self._routes, rows, columns, table, ids, log)
+        return wire.prediction(await self._send(call, timeout_s), call.url)
+
+    async def explain(
+        self,
+        rows: Rows | None = None,
+        *,
+        columns: Columns | None = None,
+        timeout_s: float | None = None,
+    ) -> Explanation:
+        """Return what each feature contributes to the scores of rows; raises as ``predict``."""
+        call = _rows_call(self._routes.explain, rows, columns, None, log=True)
+        return wire.explanation(await self._send(call, timeout_s), call.url)
+
+    async def feedback(self, labels: Rows, *, timeout_s: float | None = None) -> int:
+        """Tell outcomes: mappings with ``id``, ``label`` (0 or 1) and perhaps ``known_at``.
+
+        A label may be told again, and late. Returns how many were accepted. Raises as ``predict``.
+        """
+        call = wire.labels_call(self._routes.feedback, labels)
+        return wire.accepted(await self._send(call, timeout_s), call.url)
+
+    async def metadata(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Return what the endpoint serves: versions by alias, packages, inputs, mode."""
+        call = Call("GET", self._routes.metadata, {})
+        answer: dict[str, Any] = wire.content(await self._send(call, timeout_s), call.url)
         return answer
 
+    async def ready(self, *, timeout_s: float | None = None) -> bool:
+        """Return whether the endpoint answers, and has a model to answer with; raises nothing."""
+        call = Call("GET", self._routes.ready, {})
+        try:
+            return (await self._send(call, timeout_s)).status == 200
+        except ServingError:
+            return False
+
     async def close(self) -> None:
-        """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        """Close all connections; the next call opens new ones."""
+        await self._exchange.close()
 
-    async def _call(
+    async def _send(self, call: Call, timeout_s: float | None) -> wire.Reply:
+        return await self._exchange.send(call, self._timeout_s if timeout_s is None else timeout_s)
+
+
+class Client:
+    """Calls an endpoint from ordinary code. Safe to share between threads, which do not wait for
+    each other, and with forks. Takes the arguments of ``AsyncClient``.
+    """
+
+    def __init__(
         self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        headers: dict[str, str],
-        repeat: bool,
-        pauses_s: tuple[float, ...] = _PAUSES_S,
-    ) -> Any:
-        from aiohttp import ClientConnectorError, ClientError
+        endpoint: Endpoint | str,
+        *,
+        model: str | None = None,
+        token: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        connections: int = CONNECTIONS,
+        retries: Retries | None = Retries(),  # noqa: B008, it is frozen
+        hedging: Hedging | None = None,
+        verify: bool = True,
+        ca_file: Path | str | None = None,
+    ) -> None:
+        self._routes = Routes(endpoint, model)
+        self._timeout_s = timeout_s
+        self._exchange = BlockingExchange(
+            self._routes.address,
+            _authorization(token),
+            retries,
+            hedging,
+            connections,
+            tls_context(self._routes.secure, verify, ca_file),
+        )
 
-        if self._session is None:
-            self._session = _session(self._connections, self._timeout_s)
-        for pause_s in (*pauses_s, None):
-            try:
-                async with self._session.request(
-                    method, self._routes.url + path, data=body, headers=headers
-                ) as response:
-                    return _content(response.status, await response.read(), path)
-            except (ClientError, TimeoutError) as error:
-                sent = not isinstance(error, ClientConnectorError)
-                if pause_s is None or (sent and not repeat):
-                    raise _unreachable(self._routes.url + path, error) from error
-                await asyncio.sleep(pause_s)
-        raise AssertionError("not reached")
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def predict(
+        self,
+        rows: Rows | None = None,
+        *,
+        columns: Columns | None = None,
+        table: pa.Table | None = None,
+        ids: Sequence[str] | None = None,
+        log: bool = True,
+        timeout_s: float | None = None,
+    ) -> Prediction:
+        """Return the scores of rows; see ``AsyncClient.predict``."""
+        call = _predict_call(self._routes, rows, columns, table, ids, log)
+        return wire.prediction(self._send(call, timeout_s), call.url)
+
+    def explain(
+        self,
+        rows: Rows | None = None,
+        *,
+        columns: Columns | None = None,
+        timeout_s: float | None = None,
+    ) -> Explanation:
+        """Return what each feature contributes; see ``AsyncClient.explain``."""
+        call = _rows_call(self._routes.explain, rows, columns, None, log=True)
+        return wire.explanation(self._send(call, timeout_s), call.url)
+
+    def feedback(self, labels: Rows, *, timeout_s: float | None = None) -> int:
+        """Tell outcomes; see ``AsyncClient.feedback``."""
+        call = wire.labels_call(self._routes.feedback, labels)
+        return wire.accepted(self._send(call, timeout_s), call.url)
+
+    def metadata(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Return what the endpoint serves; see ``AsyncClient.metadata``."""
+        call = Call("GET", self._routes.metadata, {})
+        answer: dict[str, Any] = wire.content(self._send(call, timeout_s), call.url)
+        return answer
+
+    def ready(self, *, timeout_s: float | None = None) -> bool:
+        """Return whether the endpoint can answer; see ``AsyncClient.ready``."""
+        call = Call("GET", self._routes.ready, {})
+        try:
+            return self._send(call, timeout_s).status == 200
+        except ServingError:
+            return False
+
+    def close(self) -> None:
+        """Close the connections; the next call opens new ones."""
+        self._exchange.close()
+
+    def _send(self, call: Call, timeout_s: float | None) -> wire.Reply:
+        return self._exchange.send(call, self._timeout_s if timeout_s is None else timeout_s)
 
 
-class _Routes:
-    """The addresses of an endpoint's routes."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.url = endpoint.url.rstrip("/")
-        base = f"/v1/models/{endpoint.name}"
-        self.predict = f"{base}/predict"
-        self.feedback = f"{base}/feedback"
-        self.metadata = f"{base}/metadata"
+def _authorization(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
-def _session(connections: int, timeout_s: float) -> Any:
-    import aiohttp
+def _predict_call(
+    routes: Routes,
+    rows: Rows | None,
+    columns: Columns | None,
+    table: pa.Table | None,
+    ids: Sequence[str] | None,
+    log: bool,
+) -> Call:
+    if table is not None and rows is None and columns is None:
+        return wire.table_call(routes.predict, _identified(table, ids), log=log)
+    if table is not None:
+        raise _not_one()
+    return _rows_call(routes.predict, rows, columns, ids, log=log)
 
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=60),
-        timeout=aiohttp.ClientTimeout(total=timeout_s),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-    )
 
-
-def _predict_body(rows: Rows | None, columns: Columns | None, ids: Sequence[str] | None) -> bytes:
+def _rows_call(
+    url: str,
+    rows: Rows | None,
+    columns: Columns | None,
+    ids: Sequence[str] | None,
+    *,
+    log: bool,
+) -> Call:
     if (rows is None) == (columns is None):
-        raise ServingError("give either rows or columns, not both or neither")
-    body: dict[str, Any] = {"rows": rows} if rows is not None else {"columns": columns}
+        raise _not_one()
+    if ids is None:
+        ids = _new_ids(len(rows) if rows is not None else _length(columns or {}))
+    return wire.rows_call(url, rows, columns, ids, log=log)
+
+
+def _not_one() -> ServingError:
+    return ServingError("give rows, columns or a table: one of them")
+
+
+def _length(columns: Columns) -> int:
+    return max((len(values) for values in columns.values()), default=0)
+
+
+def _identified(table: pa.Table, ids: Sequence[str] | None) -> pa.Table:
+    import pyarrow as pa
+
+    if _ID not in table.column_names:
+        given = _new_ids(table.num_rows) if ids is None else ids
+        return table.append_column(_ID, pa.array(given, pa.string()))
     if ids is not None:
-        body["ids"] = ids
-    return _dumps(body)
+        raise ServingError(f"the table has a column {_ID!r} and ids are given too")
+    return table
 
 
-def _dumps(value: Any) -> bytes:
-    """JSON; times without a zone are UTC on the other side. NaN becomes null, as JSON has none."""
-    try:
-        return orjson.dumps(value, default=_default, option=_OPTIONS)
-    except TypeError as error:
-        raise ServingError(
-            "the request cannot be written as JSON",
-            why=str(error),
-            fix="use text, numbers, booleans, None and datetimes",
-        ) from error
-
-
-def _default(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, datetime | date):
-        return value.isoformat()
-    if isinstance(value, Sequence):
-        return list(value)
-    raise TypeError(f"{type(value).__name__} is no JSON type")
-
-
-def _prediction(answer: dict[str, Any]) -> Prediction:
-    return Prediction(answer["version"], answer["ids"], answer["scores"], answer["labels"])
-
-
-def _content(status: int, body: bytes, path: str) -> Any:
-    """Return the JSON content of a 200; raise what any other status means."""
-    if status == 200:
-        return orjson.loads(body)
-    try:
-        error = orjson.loads(body)["error"]
-        message, field, row = str(error["message"]), error["field"], error["row"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        message, field, row = body[:200].decode(errors="replace").strip(), None, None
-    if 400 <= status < 500:
-        raise RequestError(message, status=status, field=field, row=row)
-    raise ServingError(
-        f"the endpoint answered {status}: {message}",
-        where=path,
-        fix="look into serve/ among the logs of Ray's session",
-    )
-
-
-def _unreachable(url: str, error: Exception) -> ServingError:
-    return ServingError(
-        "the endpoint does not answer",
-        where=url,
-        why=str(error) or type(error).__name__,
-        fix="check that it is deployed: `mlops-ray run workflow=deploy`",
-    )
+def _new_ids(rows: int) -> list[str]:
+    # Made anew for each call: a counter would be the same on both sides of a fork.
+    prefix = uuid.uuid4().hex
+    return [f"{prefix}-{row}" for row in range(rows)]

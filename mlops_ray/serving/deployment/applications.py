@@ -5,29 +5,63 @@ There a changed ``user_config`` reaches the running replicas, while ``serve.run`
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from mlops_ray.errors import ServingError
-from mlops_ray.metadata.home import Home
 from mlops_ray.serving.deployment.traces import root_cause
 
 READY_TIMEOUT_S = 180.0
+TURN_TIMEOUT_S = 600.0
 POLL_S = 0.1
+
+_TURN = "mlops-ray-deploy"
+_NAMESPACE = "mlops-ray"
 
 Config = dict[str, Any]
 
 
 @contextmanager
-def alone(home: Home) -> Iterator[None]:
-    """Wait until no other process deploys for this home; Serve takes its list as a whole."""
-    home.root.mkdir(parents=True, exist_ok=True)
-    with (home.root / "deploy.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def alone(timeout_s: float = TURN_TIMEOUT_S) -> Iterator[None]:
+    """Wait until no other process deploys on this cluster; Serve takes its list as a whole.
+
+    The turn is an actor's name, which only one can have. The actor dies with the process that made
+    it, so a turn that was cut off ends by itself.
+
+    Raises:
+        ServingError: Another process has had the turn for ``timeout_s``.
+    """
+    import ray
+
+    turn = _take_turn(timeout_s)
+    try:
         yield
+    finally:
+        ray.kill(turn)
+
+
+class _Turn:
+    """What holds the name."""
+
+
+def _take_turn(timeout_s: float) -> Any:
+    import ray
+
+    made: Any = ray.remote(_Turn)
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return made.options(name=_TURN, namespace=_NAMESPACE, num_cpus=0).remote()
+        except ValueError as error:
+            if time.monotonic() > deadline_s:
+                raise ServingError(
+                    "another process is deploying on this cluster, and does not come to an end",
+                    why=f"it has had its turn for {timeout_s:g} s",
+                    fix="end it, or wait",
+                ) from error
+        time.sleep(POLL_S)
 
 
 def details() -> Config:
@@ -52,6 +86,7 @@ def put(current: Config, name: str, application: Config | None) -> None:
     document = {
         "proxy_location": current["proxy_location"],
         "http_options": current["http_options"],
+        "grpc_options": current["grpc_options"],
         "applications": others + ([] if application is None else [application]),
     }
     _request(lambda client: client.deploy_applications(document))

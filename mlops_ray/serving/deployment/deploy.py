@@ -12,12 +12,18 @@ from typing import Any
 
 from mlops_ray.config.features import Features
 from mlops_ray.config.serving import Serving
+from mlops_ray.config.targets import allowed
 from mlops_ray.errors import ServingError
 from mlops_ray.features.service import on_demand_views
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint
 from mlops_ray.serving.deployment import runtime
-from mlops_ray.serving.deployment.app import DEPLOYMENT, IMPORT_PATH, Settings
+from mlops_ray.serving.deployment.app import (
+    DEPLOYMENT,
+    IMPORT_PATH,
+    Settings,
+    model_deployment,
+)
 from mlops_ray.serving.deployment.applications import (
     POLL_S,
     READY_TIMEOUT_S,
@@ -25,11 +31,15 @@ from mlops_ray.serving.deployment.applications import (
     alone,
     deployed,
     details,
-    failed,
-    not_ready,
     put,
 )
+from mlops_ray.serving.deployment.options import (
+    endpoint_options,
+    model_options,
+    without_options,
+)
 from mlops_ray.serving.deployment.placement import roots_of, runtime_environment
+from mlops_ray.serving.deployment.replicas import RefusedError, ask_all, wait_until_served
 from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
 FLUSH_TIMEOUT_S = 30.0
@@ -50,21 +60,21 @@ def deploy(
     ``serving.routing`` gives a share answer theirs, the others run in shadow.
 
     Starts Serve where it does not run. An endpoint that runs changes its models in place, without
-    dropping a request; changed code or declarations start new replicas before the old ones go.
-    Other applications stay. Returns when every replica serves the models. Callers of one home take
-    turns, since Serve takes the list of its applications as a whole; those of different homes must
-    not deploy at the same time on one cluster.
+    dropping a request; so it does with shares, limits of scaling, health checks and draining. Changed
+    code or other declarations start new replicas before the old ones go. Other applications stay.
+    Returns when every replica serves the models. Callers on one cluster take turns, since Serve takes
+    the list of its applications as a whole.
 
     Args:
         models: At least one.
-        targets: Dotted names of the project's own code that replicas import, besides the service's
-            request function: the classes of the models.
+        targets: Dotted names of the project's own code that replicas import, besides what is named in
+            the declarations: the classes of the models.
 
     Raises:
         ServingError: A model is refused (the endpoint then goes on with what it served before), the
             application fails, or it is not ready within ``timeout_s``.
     """
-    with alone(home):
+    with alone():
         return _deploy(project, home, serving, features, service, models, targets, timeout_s)
 
 
@@ -78,28 +88,21 @@ def _deploy(
     targets: Iterable[str],
     timeout_s: float,
 ) -> Endpoint:
-    runtime.start(serving)
+    runtime.start(serving, home)
     current = details()
     previous = deployed(current, project)
-    roots = roots_of([*_functions(features, service), *targets])
+    roots = roots_of([*_functions(serving, features, service), *targets])
     environment, relative = runtime_environment(roots)
-    settings = Settings(
-        project=project,
-        home=home.root,
-        serving=serving,
-        features=features,
-        service=service,
-        roots=tuple(relative),
-    )
+    settings = settings_of(project, home, serving, features, service, models, relative)
     before = _served(previous)
     served = ServedModels.of(models, serving.routing, before.epoch if before else 0)
     wanted = _application(settings, environment, _prefix(current, project))
-    if previous != _with_models(wanted, served):
+    if previous != _configured(wanted, serving, settings, served):
         served = served.model_copy(update={"epoch": _new_epoch()})
-        put(current, project, _with_models(wanted, served))
+        put(current, project, _configured(wanted, serving, settings, served))
     try:
-        _wait(project, served, timeout_s)
-    except _RefusedError as refusal:
+        wait_until_served(project, served, timeout_s)
+    except RefusedError as refusal:
         if previous is not None:
             put(details(), project, previous)
         raise ServingError(
@@ -113,6 +116,44 @@ def _deploy(
     )
 
 
+def settings_of(
+    project: str,
+    home: Home,
+    serving: Serving,
+    features: Features,
+    service: str,
+    models: Sequence[ModelSpec],
+    roots: Sequence[str],
+) -> Settings:
+    """Return the arguments of the application that serves ``models``."""
+    placement = serving.routing.placement
+    return Settings(
+        project=project,
+        home=home.root,
+        serving=without_options(serving),
+        features=features,
+        service=service,
+        roots=tuple(roots),
+        allowed=allowed(),
+        placed={m.alias: placement[m.alias] for m in models if m.alias in placement},
+    )
+
+
+def options_of(
+    serving: Serving, settings: Settings, served: ServedModels
+) -> dict[str, dict[str, Any]]:
+    """Return the options of each deployment of the application by its name, as a JSON value."""
+    paths = {model.alias: model.path for model in served.all}
+    options = {
+        DEPLOYMENT: endpoint_options(serving) | {"user_config": served.model_dump(mode="json")}
+    }
+    for alias, placement in settings.placed.items():
+        options[model_deployment(alias)] = model_options(serving, placement) | {
+            "user_config": {"paths": [paths[alias]]}
+        }
+    return options
+
+
 def flush(endpoint: Endpoint, timeout_s: float = FLUSH_TIMEOUT_S) -> int:
     """Make every replica write its prediction log and report to the monitor.
 
@@ -123,7 +164,7 @@ def flush(endpoint: Endpoint, timeout_s: float = FLUSH_TIMEOUT_S) -> int:
         ServingError: A replica cannot be reached in time, or cannot write.
     """
     try:
-        return sum(_ask_all(endpoint.name, "flush", timeout_s))
+        return sum(ask_all(endpoint.name, "flush", timeout_s))
     except Exception as error:
         raise ServingError(
             f"the endpoint of {endpoint.name} did not write its prediction log",
@@ -135,24 +176,28 @@ def flush(endpoint: Endpoint, timeout_s: float = FLUSH_TIMEOUT_S) -> int:
 
 def remove(project: str) -> bool:
     """Take an endpoint down, after it has answered what it accepted. False where there is none."""
-    current = details()
-    if deployed(current, project) is None:
-        return False
-    put(current, project, None)
+    with alone():
+        current = details()
+        if deployed(current, project) is None:
+            return False
+        put(current, project, None)
+        _wait_until_gone(project)
+    return True
+
+
+def _wait_until_gone(project: str) -> None:
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while project in details()["applications"]:
         if time.monotonic() > deadline_s:
             raise ServingError(f"the endpoint of {project} does not go away")
         time.sleep(POLL_S)
-    return True
 
 
-class _RefusedError(Exception):
-    """A replica keeps its old models, and says why."""
-
-
-def _functions(features: Features, service: str) -> list[str]:
-    return [view.function for view in on_demand_views(features, service)]
+def _functions(serving: Serving, features: Features, service: str) -> list[str]:
+    """Return the dotted names of the project's code that Serve imports."""
+    policy = [serving.autoscaling.policy] if serving.autoscaling.policy else []
+    views = [view.function for view in on_demand_views(features, service)]
+    return [*views, *serving.graph.before, *serving.graph.after, *policy]
 
 
 def _application(settings: Settings, environment: Config, prefix: str) -> Config:
@@ -165,9 +210,11 @@ def _application(settings: Settings, environment: Config, prefix: str) -> Config
     }
 
 
-def _with_models(application: Config, served: ServedModels) -> Config:
-    user_config = served.model_dump(mode="json")
-    return application | {"deployments": [{"name": DEPLOYMENT, "user_config": user_config}]}
+def _configured(
+    application: Config, serving: Serving, settings: Settings, served: ServedModels
+) -> Config:
+    options = options_of(serving, settings, served)
+    return application | {"deployments": [{"name": name, **o} for name, o in options.items()]}
 
 
 def _served(application: Config | None) -> ServedModels | None:
@@ -188,46 +235,3 @@ def _prefix(current: Config, project: str) -> str:
         return str(applications[project]["route_prefix"])
     taken = {application["route_prefix"] for application in applications.values()}
     return "/" if "/" not in taken else f"/v1/models/{project}"
-
-
-def _ask_all(project: str, method: str, timeout_s: float) -> list[Any]:
-    """Call a method of every replica; return the answers."""
-    from ray import serve
-
-    handle: Any = serve.get_app_handle(project)
-    if not handle.is_initialized:
-        # In throughput mode Serve would route in the caller's event loop, and there is none here.
-        handle._init(_run_router_in_separate_loop=True)
-    answers: list[Any] = handle.broadcast(method).results(timeout_s=timeout_s)
-    return answers
-
-
-def _wait(project: str, served: ServedModels, timeout_s: float) -> None:
-    """Return when all replicas serve the models.
-
-    Raises:
-        _RefusedError: A replica refuses them.
-        ServingError: The application failed, or time is up.
-    """
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
-    deadline_s = time.monotonic() + timeout_s
-    state: Config = {}
-    while time.monotonic() < deadline_s:
-        state = details()["applications"].get(project, {})
-        if state.get("status") == "DEPLOY_FAILED":
-            raise failed(f"the endpoint of {project}", state)
-        if state.get("status") == "RUNNING":
-            try:
-                replicas = _ask_all(project, "describe", timeout_s=10.0)
-            except (RayError, RayServeException, TimeoutError):
-                replicas = []
-            for replica in replicas:
-                refused = replica["refused"]
-                if refused is not None and refused["epoch"] == served.epoch:
-                    raise _RefusedError(refused["why"])
-            if replicas and all(replica["epoch"] == served.epoch for replica in replicas):
-                return
-        time.sleep(POLL_S)
-    raise not_ready(f"the endpoint of {project}", state, timeout_s)

@@ -7,18 +7,11 @@ look up features, score, append to the log, answer.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import os
-import sys
-import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+import time
+from importlib.metadata import version
 from typing import Any
-
-import numpy as np
-import orjson
 
 from mlops_ray.config.features import Features
 from mlops_ray.config.serving import Serving
@@ -27,20 +20,36 @@ from mlops_ray.metadata.home import Home
 from mlops_ray.serving.endpoint.asgi import (
     Message,
     Receive,
+    Reply,
     Send,
     error_content,
+    error_headers,
+    json_reply,
+    protocol_error_content,
     read_body,
     respond,
 )
-from mlops_ray.serving.formats.request import RequestSchema, parse_feedback
-from mlops_ray.serving.log.prediction_log import Answered, PredictionLog, Sink
-from mlops_ray.serving.models.loading import Columns, ModelLoader, ModelSet
-from mlops_ray.serving.models.served import ServedModels
+from mlops_ray.serving.endpoint.calls import Action, Call, Methods
+from mlops_ray.serving.endpoint.guard import Guard
+from mlops_ray.serving.endpoint.inference import InferenceApi
+from mlops_ray.serving.endpoint.limits import TIMEOUT_HEADER, Limits, timeout_of
+from mlops_ray.serving.endpoint.metrics import PUBLISH_EVERY_S, Recorder, Series
+from mlops_ray.serving.endpoint.native import NativeApi
+from mlops_ray.serving.endpoint.paths import Paths
+from mlops_ray.serving.endpoint.routing import Router
+from mlops_ray.serving.endpoint.scoring import Lookup, Scoring
+from mlops_ray.serving.endpoint.swapping import ModelsByName, ModelsInService
+from mlops_ray.serving.endpoint.tokens import Scope
+from mlops_ray.serving.formats import openapi
+from mlops_ray.serving.formats.inference_protocol import InferenceProtocol
+from mlops_ray.serving.formats.request import RequestSchema
+from mlops_ray.serving.log.prediction_log import PredictionLog
+from mlops_ray.serving.models.loading import ModelLoader, ModelSet
 
-Handler = Callable[[bytes, bool], Awaitable[Any]]
+_STUCK_AFTER = 3
+"""So many times the longest answer is how long a batch may take before the replica counts as stuck."""
 
-NO_LOG_HEADER = b"x-mlops-ray-log"
-"""With the value ``off``, a prediction is answered but neither logged nor profiled."""
+_INTERNAL = "internal error; the log has the details"
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,9 +57,25 @@ logger = logging.getLogger("ray.serve")
 class Endpoint:
     """Answers for one project. ``lookup`` turns request columns into all feature columns.
 
-    Routes: ``POST /v1/models/<project>/predict`` and ``…/feedback``, ``GET …/metadata``,
-    ``/healthz`` (the process lives), ``/readyz`` (it has a model). Errors are
-    ``{"error": {"message", "field", "row"}}``.
+    Routes: ``POST /v1/models/<project>/predict``, ``…/feedback`` and ``…/explain``, ``GET
+    …/metadata``; the Open Inference Protocol under ``/v2``; ``/healthz`` (the process lives),
+    ``/readyz`` (it has a model), ``/openapi.json``. Errors are ``{"error": {"message", "field",
+    "row"}}``, under ``/v2`` ``{"error": "…"}``.
+
+    Args:
+        project: The endpoint's name.
+        home: Where the prediction log lies.
+        serving: The configuration.
+        features: The declarations.
+        service: The feature service whose inputs requests bring.
+        lookup: Makes features of inputs.
+        loader: Loads models.
+        replica: The name of this replica, unlike any other's.
+        many: Returns the models of other registered names, where the endpoint has them.
+        series: Where metrics go; None keeps them here.
+
+    Raises:
+        ServingError: The file of tokens is not there.
     """
 
     def __init__(
@@ -61,83 +86,112 @@ class Endpoint:
         features: Features,
         service: str,
         *,
-        lookup: Callable[[Columns], Columns],
+        lookup: Lookup,
         loader: ModelLoader,
         replica: str,
-        sink: Sink | None = None,
+        many: ModelsByName | None = None,
+        series: Series | None = None,
     ) -> None:
-        self._project = project
-        self._serving = serving
+        self.project = project
+        self.serving = serving
         self._service = features.services[service]
-        self._schema = RequestSchema(self._service.inputs, serving.max_rows)
-        self._lookup = lookup
-        self._loader = loader
         self._replica = replica
-        self._log = PredictionLog(home.predictions(project), replica, self._service.inputs, sink)
-        self._models: ModelSet | None = None
-        self._refused: dict[str, Any] | None = None
-        self._loading = asyncio.Lock()
-        self._flushing: asyncio.Task[None] | None = None
-        self._id_prefix = uuid.uuid4().hex
-        self._id_count = 0
-        self._routes: dict[str, dict[str, Handler]] = {
-            "predict": {"POST": self._predict},
-            "feedback": {"POST": self._feedback},
-            "metadata": {"GET": self._metadata},
-            "healthz": {"GET": self._alive},
-            "readyz": {"GET": self._ready},
-        }
+        self._lookup = lookup
+        self.guard = Guard(serving.security.tokens)
+        self.limits = Limits(serving)
+        self.recorder = Recorder(project, series)
+        self.log = PredictionLog(
+            home.predictions(project), replica, self._service.inputs, serving.log
+        )
+        schema = RequestSchema(self._service.inputs, serving.max_rows)
+        self.protocol = InferenceProtocol(schema, project)
+        self.scoring = Scoring(
+            project,
+            serving,
+            self._service,
+            lookup=lookup,
+            own_models=self._own_models,
+            log=self.log,
+            recorder=self.recorder,
+            router=Router(project, serving.routing.sticky_by),
+            schema=schema,
+        )
+        self.models: ModelsInService = ModelsInService(
+            loader, self.scoring.warm, self.scoring.batcher.expect, many
+        )
+        native = NativeApi(serving, schema, self.scoring, self.log, self.recorder, self.models.of)
+        inference = InferenceApi(
+            self.protocol,
+            schema,
+            self.scoring,
+            self.recorder,
+            self.models.of,
+            lambda: self.ready,
+        )
+        self._is_many = many is not None
+        self._paths = Paths(project, self._table(native, inference), many=self._is_many)
+        self._document: Reply | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a model to answer with."""
+        return self.models.now is not None
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """The versions that are served, by alias, the answering one first."""
+        return {} if self.models.now is None else self.models.now.versions
+
+    def _own_models(self) -> ModelSet:
+        return self.models.own()
 
     async def reconfigure(self, user_config: Any) -> None:
-        """Serve the models that ``user_config`` names (see ``ServedModels``); safe to repeat.
-
-        The new ones are loaded and verified beside those in service, which answer until then. Where
-        one is broken, the old ones stay, and ``describe`` says why: were the error raised, Serve
-        would stop this replica. It is raised only when there is nothing to serve yet.
-        """
-        served = ServedModels.parse(user_config)
-        async with self._loading:
-            if self._models is not None and self._models.served == served:
-                self._refused = None
-                return
-            try:
-                with _eager_switching():
-                    models = await asyncio.to_thread(self._loader.load, served, self._models)
-            except ServingError as error:
-                if self._models is None:
-                    raise
-                self._refused = {"epoch": served.epoch, "why": str(error)}
-                logger.error("epoch %d is refused: %s", served.epoch, error)
-                return
-            self._models, self._refused = models, None
+        """Serve the models that ``user_config`` names; see ``ModelsInService.reconfigure``."""
+        await self.models.reconfigure(user_config)
 
     async def flush(self) -> int:
-        """Write and send the prediction log; return how many rows and labels were pending.
-
-        Returns after the monitor has taken them in. So a monitor that calls this must be able to
-        take them meanwhile: it has to be an async actor.
-        """
-        return await self._log.flush(confirm=True)
+        """Write the prediction log; return how many rows and labels were pending."""
+        return await self.log.flush()
 
     def describe(self) -> dict[str, Any]:
         """Return what is served, as a JSON value; ``refused`` says why a newer epoch is not."""
-        models = self._models
+        models = self.models.now
         return {
-            "model": self._project,
-            "versions": {} if models is None else models.versions,
+            "model": self.project,
+            "versions": self.versions,
             "answer": None if models is None else models.answer.spec.alias,
+            "shares": {} if models is None else _shares(models),
             "epoch": None if models is None else models.served.epoch,
             "packages": {} if models is None else {m.spec.alias: m.spec.path for m in models.all},
-            "refused": self._refused,
+            "forms": {} if models is None else models.forms,
+            "refused": self.models.refused,
             "replica": self._replica,
             "mode": "throughput"
             if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
             else "default",
-            "threshold": self._serving.threshold,
+            "threshold": self.serving.threshold,
             "inputs": {n: f.model_dump(mode="json") for n, f in self._service.inputs.items()},
-            "pending_rows": self._log.pending_rows,
-            "dropped_rows": self._log.dropped_rows,
+            **self.log.describe(),
         }
+
+    def scaling_stats(self) -> dict[str, float]:
+        """Return what autoscaling may go by: ``latency_p95_ms`` since the last call, 0 without any."""
+        return {"latency_p95_ms": self.recorder.latency_p95_s() * 1000}
+
+    def check(self) -> None:
+        """Say whether this replica should be replaced.
+
+        Raises:
+            ServingError: A batch has been worked on for so long that its end is not to be expected.
+        """
+        stuck_s = _STUCK_AFTER * self.serving.timeout.total_seconds()
+        if self.scoring.batcher.busy_s > stuck_s:
+            raise ServingError(
+                "a model does not come back",
+                where=self._replica,
+                why=f"a batch has taken {self.scoring.batcher.busy_s:.0f} s",
+            )
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -148,138 +202,128 @@ class Endpoint:
         else:
             await send({"type": "websocket.close", "code": 1003})
 
+    async def start(self) -> None:
+        """Begin to write the log and to publish metrics."""
+        self.log.start()
+        self._ticking = asyncio.create_task(self._tick())
+
+    async def stop(self) -> None:
+        """Write the rest of the log. Safe to repeat."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+            await self.log.close()
+
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                self._flushing = asyncio.create_task(self._flush_repeatedly())
+                await self.start()
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
-                await self._stop()
+                await self.stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
-    async def _stop(self) -> None:
-        if self._flushing is not None:
-            self._flushing.cancel()
-        try:
-            await self._log.flush()
-        except OSError:
-            logger.exception("the last %d rows could not be written", self._log.pending_rows)
-
-    async def _flush_repeatedly(self) -> None:
+    async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(self._serving.log.report_every.total_seconds())
+            await asyncio.sleep(PUBLISH_EVERY_S)
             try:
-                await self._log.flush()
+                self.guard.refresh()
+                self.recorder.publish(self._gauges(), self._lookup.reads)
             except Exception:
-                logger.exception("the prediction log could not be written; it is kept")
+                logger.exception("metrics or tokens could not be brought up to date")
 
-    async def _handle(self, scope: Message, receive: Receive, send: Send) -> None:
-        allow = ""
-        try:
-            handlers = self._route(scope["path"])
-            handler = handlers.get(scope["method"])
-            if handler is None:
-                allow = ", ".join(handlers)
-                raise RequestError(f"{scope['method']} is not possible; use {allow}", status=405)
-            length, log = _headers(scope["headers"])
-            body = b""
-            if scope["method"] == "POST":
-                body = await read_body(receive, length, self._serving.max_body_bytes)
-            status, content = 200, await handler(body, log)
-        except RequestError as error:
-            status, content = error.status, error_content(error)
-        except _NotReadyError:
-            status, content = 503, error_content(RequestError("no model is loaded yet"))
-        except Exception:
-            logger.exception("%s %s failed", scope["method"], scope["path"])
-            status, content = (
-                500,
-                error_content(RequestError("internal error; the log has the details")),
-            )
-        await respond(send, status, orjson.dumps(content), allow)
-
-    def _route(self, path: str) -> dict[str, Handler]:
-        if path in ("/healthz", "/readyz"):
-            return self._routes[path[1:]]
-        parts = path.split("/")
-        if len(parts) == 5 and parts[:3] == ["", "v1", "models"] and parts[4] in self._routes:
-            if parts[3] == self._project:
-                return self._routes[parts[4]]
-            raise RequestError(f"no model {parts[3][:80]!r} here, only {self._project}", status=404)
-        known = [f"/v1/models/{self._project}/{action}" for action in self._routes]
-        close = difflib.get_close_matches(path[:200], known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; try {known[0]}"
-        raise RequestError(f"there is nothing at {path[:200]}{hint}", status=404)
-
-    async def _predict(self, body: bytes, log: bool) -> Any:
-        models = self._models
-        if models is None:
-            raise _NotReadyError
-        request = self._schema.parse(body)
-        columns = self._lookup(request.columns)
-        scores = models.answer.scorer.predict(columns)
-        if not np.isfinite(scores).all():
-            raise ServingError(
-                f"version {models.answer.spec.version} gave a score that is no number"
-            )
-        ids = request.ids if request.ids is not None else self._new_ids(request.rows)
-        if log:
-            times = request.columns[self._service.time]
-            self._log.add(Answered(models, ids, times, scores, request.columns, columns))
-        values: list[float] = scores.tolist()
+    def _gauges(self) -> dict[str, float]:
         return {
-            "model": self._project,
-            "version": models.answer.spec.version,
-            "ids": ids,
-            "scores": values,
-            "labels": [int(value >= self._serving.threshold) for value in values],
+            "mlops_ray_in_flight": self.limits.in_flight,
+            "mlops_ray_queued": self.scoring.batcher.queued,
+            "mlops_ray_log_pending_rows": self.log.pending_rows,
         }
 
-    async def _feedback(self, body: bytes, log: bool) -> Any:
-        feedback = parse_feedback(body, self._serving.max_rows, datetime.now(UTC))
-        if log:
-            self._log.add_labels(feedback)
-        return {"accepted": len(feedback.ids)}
+    async def _handle(self, scope: Message, receive: Receive, send: Send) -> None:
+        began_s = time.perf_counter()
+        path, name, allow = scope["path"], "unknown", ""
+        call: Call | None = None
+        try:
+            found = self._paths.find(path)
+            action = found.methods.get(scope["method"])
+            if action is None:
+                allow = ", ".join(found.methods)
+                raise RequestError(f"{scope['method']} is not possible; use {allow}", status=405)
+            name = action.name
+            call = Call(dict(scope["headers"]), b"", 0.0, found.model, found.version)
+            reply = await self._act(action, call, scope["method"], receive)
+        except RequestError as error:
+            reply = _refusal(error, path, allow)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], path)
+            reply = _refusal(RequestError(_INTERNAL, status=500), path)
+        await respond(send, reply)
+        route, version = ("", 0) if call is None else (call.route, call.answered)
+        seconds = time.perf_counter() - began_s
+        self.recorder.request(name, reply.status, route, version, seconds)
 
-    async def _metadata(self, body: bytes, log: bool) -> Any:
-        return self.describe()
+    async def _act(self, action: Action, call: Call, method: str, receive: Receive) -> Reply:
+        """Let a request in, and do what it wants."""
+        if action.scope is None:
+            return await action.handler(call)
+        headers = call.headers
+        self.guard.check(headers.get(b"authorization"), action.scope)
+        async with self.limits.turn(timeout_of(headers.get(TIMEOUT_HEADER))) as deadline_s:
+            call.deadline_s = deadline_s
+            if method == "POST":
+                length = headers.get(b"content-length", b"")
+                announced = int(length) if length.isdigit() else None
+                call.body = await read_body(receive, announced, self.serving.max_body_bytes)
+            return await action.handler(call)
 
-    async def _alive(self, body: bytes, log: bool) -> Any:
-        return {"status": "alive"}
+    def _table(self, native: NativeApi, inference: InferenceApi) -> dict[str, Methods]:
+        health = {"GET": Action("health", self._alive)}
+        ready = {"GET": Action("ready", self._ready)}
+        metadata: Scope = "metadata"
+        return {
+            "/v1/models/{}/predict": {"POST": Action("predict", native.predict, "predict")},
+            "/v1/models/{}/feedback": {"POST": Action("feedback", native.feedback, "feedback")},
+            "/v1/models/{}/explain": {"POST": Action("explain", native.explain, "explain")},
+            "/v1/models/{}/metadata": {"GET": Action("metadata", self._metadata, metadata)},
+            "/v2/models/{}/infer": {"POST": Action("infer", inference.infer, "predict")},
+            "/v2/models/{}": {"GET": Action("model", inference.model, metadata)},
+            "/v2/models/{}/ready": {"GET": Action("ready", inference.ready, metadata)},
+            "/v2": {"GET": Action("server", inference.server, metadata)},
+            "/v2/health/live": {"GET": Action("health", inference.live)},
+            "/v2/health/ready": {"GET": Action("ready", inference.ready)},
+            "/healthz": health,
+            "/readyz": ready,
+            "/openapi.json": {"GET": Action("openapi", self._openapi)},
+        }
 
-    async def _ready(self, body: bytes, log: bool) -> Any:
-        if self._models is None:
-            raise _NotReadyError
-        return {"status": "ready"}
+    async def _metadata(self, call: Call) -> Reply:
+        return json_reply(self.describe())
 
-    def _new_ids(self, rows: int) -> list[str]:
-        first, self._id_count = self._id_count, self._id_count + rows
-        return [f"{self._id_prefix}-{number}" for number in range(first, first + rows)]
+    async def _alive(self, call: Call) -> Reply:
+        return json_reply({"status": "alive"})
 
+    async def _ready(self, call: Call) -> Reply:
+        self.models.own()
+        return json_reply({"status": "ready"})
 
-@contextmanager
-def _eager_switching() -> Iterator[None]:
-    """Let a thread wait for the interpreter 0.5 ms at most, so that loading delays no answer."""
-    usual_s = sys.getswitchinterval()
-    sys.setswitchinterval(0.0005)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual_s)
-
-
-class _NotReadyError(Exception):
-    """There is no model to answer with."""
+    async def _openapi(self, call: Call) -> Reply:
+        if self._document is None:
+            name = openapi.NAME if self._is_many else self.project
+            content = openapi.document(
+                name, self._service.inputs, self.serving, version("mlops-ray")
+            )
+            self._document = json_reply(content)
+        return self._document
 
 
-def _headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[int | None, bool]:
-    """Return the announced length of the body, and whether the request is to be logged."""
-    length, log = None, True
-    for name, value in headers:
-        if name == b"content-length" and value.isdigit():
-            length = int(value)
-        elif name == NO_LOG_HEADER:
-            log = value.lower() != b"off"
-    return length, log
+def _refusal(error: RequestError, path: str, allow: str = "") -> Reply:
+    content = protocol_error_content if path.startswith("/v2") else error_content
+    return json_reply(content(error), error.status, error_headers(error, allow))
+
+
+def _shares(models: ModelSet) -> dict[str, float]:
+    """Return the share of each alias that answers."""
+    shares = {c.spec.alias: c.share for c in models.served.challengers}
+    return {models.answer.spec.alias: max(0.0, 1.0 - sum(shares.values())), **shares}

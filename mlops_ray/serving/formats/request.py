@@ -1,49 +1,43 @@
-"""The body of a request: bytes in, checked columns out, or one error that names field and row."""
+"""The content of a request: checked columns, whatever form they came in."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import numpy as np
-import orjson
-from numpy.typing import NDArray
+import pyarrow as pa
 
 from mlops_ray.config.features import RequestField
-from mlops_ray.errors import RequestError
+from mlops_ray.serving.formats.arrays import ArrayCheck, Arrays, from_table
+from mlops_ray.serving.formats.fields import Column
+from mlops_ray.serving.formats.instants import instants
+from mlops_ray.serving.formats.json_body import JsonBody, check_ids, check_row_count
+from mlops_ray.serving.formats.refusal import refusal, refuse_unknown
+from mlops_ray.serving.formats.safetensors_body import read_tensors
 
-MAX_ID_LENGTH = 256
+ID = "id"
+"""The column or tensor that holds prediction ids, unless an input has that name."""
+VALID = ".valid"
+"""What a tensor is called that says which values of an input are not null."""
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
-_LARGEST_INT = 2**1023
-_BODY = {"rows", "columns", "ids"}
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "string": np.dtype(object),
+    "int": np.dtype(np.int64),
+    "float": np.dtype(np.float64),
+    "bool": np.dtype(np.bool_),
+}
 
-Column = NDArray[Any]
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PredictRequest:
     """The checked content of a prediction request: one array of length ``rows`` for each input."""
 
     columns: dict[str, Column]
     rows: int
     ids: list[str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Feedback:
-    """Labels (0 or 1) by prediction id; ``known_at_us`` is in µs since 1970 UTC."""
-
-    ids: list[str]
-    labels: list[int]
-    known_at_us: list[int]
 
 
 class RequestSchema:
@@ -55,8 +49,15 @@ class RequestSchema:
     """
 
     def __init__(self, inputs: Mapping[str, RequestField], max_rows: int) -> None:
-        self._fields = {name: _FieldParser(name, field) for name, field in inputs.items()}
-        self._max_rows = max_rows
+        self.inputs = dict(inputs)
+        self.max_rows = max_rows
+        self._json = JsonBody(inputs, max_rows)
+        self._arrays = {name: ArrayCheck(name, field) for name, field in inputs.items()}
+        self._ids = ArrayCheck(ID, RequestField(dtype="string"))
+        self._texts = {name for name, field in inputs.items() if field.dtype == "string"}
+        if ID not in inputs:
+            self._texts.add(ID)
+        self._columns = [(name, _maker(name, field)) for name, field in inputs.items()]
 
     def parse(self, body: bytes) -> PredictRequest:
         """Return the columns of a body such as ``{"rows": [{…}], "ids": ["a"]}``.
@@ -66,262 +67,84 @@ class RequestSchema:
         Raises:
             RequestError: 400 no JSON, 413 too many rows, 422 anything else; nothing else is raised.
         """
-        content, flaw = _decode(body)
-        request = self._read(content)
-        if flaw is not None:
-            raise flaw
-        return request
+        values, rows, ids = self._json.read(body)
+        columns = {
+            name: make(column) for (name, make), column in zip(self._columns, values, strict=False)
+        }
+        return PredictRequest(columns, rows, ids)
 
-    def _read(self, content: Any) -> PredictRequest:
-        if not isinstance(content, dict):
-            raise RequestError('the body must be an object like {"rows": [{…}]}')
-        for key in content:
-            if key not in _BODY:
-                _unknown(key, _BODY, "key")
-        if ("rows" in content) == ("columns" in content):
-            raise RequestError("give either rows or columns, not both or neither", field="rows")
-        if "rows" in content:
-            values, count = self._from_rows(content["rows"])
-        else:
-            values, count = self._from_columns(content["columns"])
-        columns = {name: parser.parse(values[name]) for name, parser in self._fields.items()}
-        ids = content.get("ids")
-        return PredictRequest(columns, count, None if ids is None else _ids(ids, count))
+    def parse_table(self, table: pa.Table) -> PredictRequest:
+        """Return the columns of an Arrow table; its column ``id``, if there is one, holds the ids.
 
-    def _from_rows(self, rows: Any) -> tuple[dict[str, list[Any]], int]:
-        self._check_count(rows, "rows")
-        width = len(self._fields)
-        for index, row in enumerate(rows):
-            if type(row) is not dict:
-                raise _refusal("must hold an object for each row", "rows", index)
-            if len(row) != width or not all(name in row for name in self._fields):
-                self._bad_names(row, index)
-        return {name: [row[name] for row in rows] for name in self._fields}, len(rows)
+        Raises:
+            RequestError: 413 too many rows, 422 anything else.
+        """
+        check_row_count(table.num_rows, self.max_rows, "the table")
+        for name in table.column_names:
+            if table.column_names.count(name) > 1:
+                raise refusal("is there twice", name)
+        return self.parse_arrays(from_table(table))
 
-    def _from_columns(self, columns: Any) -> tuple[dict[str, list[Any]], int]:
-        if type(columns) is not dict:
-            raise _refusal("must be an object of lists", "columns")
-        self._bad_names(columns, None)
-        first = next(iter(self._fields))
-        for name in self._fields:
-            if type(columns[name]) is not list:
-                raise _refusal("must be a list of values", name)
-            if len(columns[name]) != len(columns[first]):
-                raise _refusal(
-                    f"has {len(columns[name])} values where {first} has {len(columns[first])}", name
-                )
-        self._check_count(columns[first], first)
-        return columns, len(columns[first])
+    def parse_tensors(self, body: bytes) -> PredictRequest:
+        """Return the columns of a safetensors body: a tensor for each input, ``[n]`` or ``[n, 1]``.
 
-    def _check_count(self, values: Any, name: str) -> None:
-        if type(values) is not list:
-            raise _refusal("must be a list", name)
-        if not values:
-            raise _refusal("holds no rows", name)
-        if len(values) > self._max_rows:
-            raise _refusal(
-                f"holds {len(values)} rows; a request may have {self._max_rows}", name, status=413
-            )
+        Texts are U8 tensors ``[n, width]``; see ``parse_arrays`` for the rest.
 
-    def _bad_names(self, row: dict[str, Any], index: int | None) -> None:
-        # An unknown name goes first: where a name has a typo, it explains the missing one.
-        for name in row:
-            if name not in self._fields:
-                _unknown(name, set(self._fields), "field", index)
-        for name in self._fields:
-            if name not in row:
-                raise _refusal("is missing", name, index)
+        Raises:
+            RequestError: 400 no safetensors, 413 too many rows, 422 anything else.
+        """
+        return self.parse_arrays(read_tensors(body, self._texts))
 
+    def parse_arrays(self, arrays: Arrays) -> PredictRequest:
+        """Return the columns of arrays by name, all of one length.
 
-def parse_feedback(body: bytes, max_rows: int, now: datetime) -> Feedback:
-    """Return the labels of a body like ``{"labels": [{"id": "a", "label": 1, "known_at": "…"}]}``.
+        Texts are object arrays of ``str`` or UTF-8 ``bytes``; times are ``datetime64``, int64 in µs
+        since 1970 UTC, or ISO 8601 texts. Booleans called ``<input>.valid`` say which values of an
+        input are not null; NaN and NaT are null too. ``id`` holds the prediction ids.
 
-    ``known_at`` may be left out: the label is then known ``now``.
+        Raises:
+            RequestError: 413 too many rows, 422 anything else.
+        """
+        given = dict(arrays)
+        ids = None if ID in self._arrays else given.pop(ID, None)
+        names = [*self._arrays] if ids is None else [*self._arrays, ID]
+        valid = {n: given.pop(n + VALID, None) for n in names if n + VALID not in self._arrays}
+        self._check_names(given)
+        rows = self._count(arrays)
+        columns = {
+            name: check.column(given[name], valid.get(name)) for name, check in self._arrays.items()
+        }
+        if ids is None:
+            return PredictRequest(columns, rows, None)
+        texts = self._ids.column(ids, valid.get(ID)).tolist()
+        return PredictRequest(columns, rows, check_ids(texts, rows))
 
-    Raises:
-        RequestError: as for ``RequestSchema.parse``.
-    """
-    content, flaw = _decode(body)
-    if not isinstance(content, dict) or set(content) != {"labels"}:
-        raise RequestError('the body must be {"labels": [{"id": …, "label": …}]}', field="labels")
-    rows = content["labels"]
-    if type(rows) is not list or not rows:
-        raise _refusal("must be a list of at least one label", "labels")
-    if len(rows) > max_rows:
-        raise _refusal(
-            f"holds {len(rows)} labels; a request may have {max_rows}", "labels", status=413
-        )
-    feedback = Feedback([], [], [])
-    for index, row in enumerate(rows):
-        if type(row) is not dict:
-            raise _refusal("must hold an object for each label", "labels", index)
-        for name in row:
-            if name not in ("id", "label", "known_at"):
-                _unknown(name, {"id", "label", "known_at"}, "field", index)
-        feedback.ids.append(_check_id(row.get("id"), "id", index))
-        feedback.labels.append(_label(row.get("label"), index))
-        known_at = row.get("known_at")
-        moment = _instant(known_at, "known_at", index) if known_at is not None else _micros(now)
-        feedback.known_at_us.append(moment)
-    if flaw is not None:
-        raise flaw
-    return feedback
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        for name in given:
+            if name not in self._arrays:
+                refuse_unknown(name, self._arrays)
+        for name in self._arrays:
+            if name not in given:
+                raise refusal("is missing", name)
+
+    def _count(self, arrays: Arrays) -> int:
+        first = next(iter(self._arrays))
+        rows = len(arrays[first])
+        for name, array in arrays.items():
+            if len(array) != rows:
+                raise refusal(f"has {len(array)} values where {first} has {rows}", name)
+        check_row_count(rows, self.max_rows, first)
+        return rows
 
 
-class _FieldParser:
-    """Turns the JSON values of one field into an array."""
-
-    def __init__(self, name: str, field: RequestField) -> None:
-        self._name = name
-        self._dtype = field.dtype
-        self._nullable = field.nullable
-        self._minimum = -math.inf if field.minimum is None else field.minimum
-        self._maximum = math.inf if field.maximum is None else field.maximum
-        self._bounded = field.minimum is not None or field.maximum is not None
-        self._array: Callable[[list[Any]], Column] = getattr(self, f"_{field.dtype}")
-
-    def parse(self, values: list[Any]) -> Column:
-        if None in values and not self._nullable:
-            raise _refusal("must not be null", self._name, values.index(None))
-        return self._array(values)
-
-    def _string(self, values: list[Any]) -> Column:
-        for row, value in enumerate(values):
-            if type(value) is not str and value is not None:
-                self._wrong("a string", value, row)
-        return _objects(values)
-
-    def _bool(self, values: list[Any]) -> Column:
-        for row, value in enumerate(values):
-            if type(value) is not bool and value is not None:
-                self._wrong("true or false", value, row)
-        return _objects(values) if None in values else np.array(values, dtype=np.bool_)
-
-    def _int(self, values: list[Any]) -> Column:
-        for row, value in enumerate(values):
-            if value is None:
-                continue
-            if type(value) is not int:
-                self._wrong("a whole number", value, row)
-            if not _INT64_MIN <= value <= _INT64_MAX:
-                raise _refusal("does not fit 64 bits", self._name, row)
-            self._check_bounds(value, row)
-        return _objects(values) if None in values else np.array(values, dtype=np.int64)
-
-    def _float(self, values: list[Any]) -> Column:
-        for row, value in enumerate(values):
-            if value is None:
-                continue
-            kind = type(value)
-            if kind is not float and kind is not int:
-                self._wrong("a number", value, row)
-            if kind is float and not math.isfinite(value):
-                raise _refusal("must be finite: NaN and Infinity are refused", self._name, row)
-            if kind is int and abs(value) > _LARGEST_INT:
-                raise _refusal("is too large", self._name, row)
-            self._check_bounds(value, row)
-        return np.array(values, dtype=np.float64)  # None becomes NaN
-
-    def _timestamp(self, values: list[Any]) -> Column:
-        micros = [
-            None if value is None else _instant(value, self._name, row)
-            for row, value in enumerate(values)
-        ]
-        if None in micros:
-            return np.array(["NaT" if m is None else m for m in micros], dtype="datetime64[us]")
-        return np.array(micros, dtype=np.int64).view("datetime64[us]")
-
-    def _check_bounds(self, value: float, row: int) -> None:
-        if self._bounded and not self._minimum <= value <= self._maximum:
-            low, high = f"be at least {self._minimum:g}", f"be at most {self._maximum:g}"
-            raise _refusal(f"must {low if value < self._minimum else high}", self._name, row)
-
-    def _wrong(self, wanted: str, value: Any, row: int) -> NoReturn:
-        raise _refusal(f"must be {wanted}, not {_kind(value)}", self._name, row)
+def _maker(name: str, field: RequestField) -> Callable[[Sequence[Any]], Column]:
+    """Return what makes a column of checked JSON values."""
+    if field.dtype == "timestamp":
+        return partial(instants, name=name)
+    if field.dtype in ("int", "bool") and field.nullable:
+        return partial(_with_nones, dtype=_DTYPES[field.dtype])
+    return partial(np.array, dtype=_DTYPES[field.dtype])  # None becomes NaN in floats
 
 
-def _decode(body: bytes) -> tuple[Any, RequestError | None]:
-    """Return the JSON content, and the error to raise if nothing better is found in it.
-
-    NaN and Infinity are no JSON; Python's decoder lets them through, so that the checks behind can
-    name the field that holds them.
-    """
-    try:
-        return orjson.loads(body), None
-    except orjson.JSONDecodeError as error:
-        flaw = RequestError(f"the body is not JSON: {error}", status=400)
-    try:
-        return json.loads(body), flaw
-    except (ValueError, RecursionError):
-        raise flaw from None
-
-
-def _objects(values: list[Any]) -> Column:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
-
-
-def _instant(value: Any, name: str, row: int) -> int:
-    """µs since 1970 UTC of an ISO 8601 text; one without an offset is UTC."""
-    if type(value) is not str:
-        raise _refusal(
-            f"must be an ISO 8601 time like 2013-03-01T13:15:00Z, not {_kind(value)}", name, row
-        )
-    try:
-        return _micros(datetime.fromisoformat(value))
-    except ValueError:
-        raise _refusal(
-            f"must be an ISO 8601 time like 2013-03-01T13:15:00Z, not {_shorten(value)}", name, row
-        ) from None
-
-
-def _micros(moment: datetime) -> int:
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return (moment - _EPOCH) // _MICROSECOND
-
-
-def _ids(ids: Any, count: int) -> list[str]:
-    if type(ids) is not list:
-        raise _refusal("must be a list of strings", "ids")
-    if len(ids) != count:
-        raise _refusal(f"holds {len(ids)} ids for {count} rows", "ids")
-    for row, value in enumerate(ids):
-        _check_id(value, "ids", row)
-    if len(set(ids)) != count:
-        row = next(row for row, value in enumerate(ids) if value in ids[:row])
-        raise _refusal(f"holds {_shorten(ids[row])} twice", "ids", row)
-    return ids
-
-
-def _check_id(value: Any, name: str, row: int) -> str:
-    if type(value) is not str or not value or len(value) > MAX_ID_LENGTH:
-        raise _refusal(f"must be a string of 1 to {MAX_ID_LENGTH} characters", name, row)
-    return value
-
-
-def _label(value: Any, row: int) -> int:
-    if type(value) in (int, bool) and value in (0, 1):
-        return int(value)
-    raise _refusal("must be 0 or 1", "label", row)
-
-
-def _unknown(name: str, known: set[str], what: str, row: int | None = None) -> NoReturn:
-    close = difflib.get_close_matches(name[:80], sorted(known), n=1)
-    hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
-    raise RequestError(f"unknown {what} {_shorten(name)}{hint}", field=name[:80], row=row)
-
-
-def _refusal(text: str, field: str, row: int | None = None, *, status: int = 422) -> RequestError:
-    return RequestError(f"{field} {text}", status=status, field=field, row=row)
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
-    names |= {list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "…")
+def _with_nones(values: Sequence[Any], dtype: np.dtype[Any]) -> Column:
+    return np.array(values, _DTYPES["string"] if None in values else dtype)

@@ -1,52 +1,82 @@
-"""The models that a replica holds: one that answers, others that run in its shadow."""
+"""The models that a replica holds: one that answers, challengers, and others in their shadow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mlops_ray.config.serving import Graph
 from mlops_ray.errors import ServingError
 from mlops_ray.metadata.package import Package
 from mlops_ray.metadata.profile import Reference
+from mlops_ray.serving.models.explanation import Explainer, Explanation, Value, baseline_of
+from mlops_ray.serving.models.graph import AsyncGraphScorer, GraphFunctions, GraphScorer
+from mlops_ray.serving.models.remote import RemoteScorer
+from mlops_ray.serving.models.scorer import AsyncScorer, Columns, Scorer
 from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
-Columns = dict[str, NDArray[Any]]
+__all__ = ["Columns", "LoadedModel", "ModelLoader", "ModelSet", "Scorer"]
 
+REMOTE = "remote"
 
-class Scorer(Protocol):
-    """What a loaded model can do."""
-
-    def predict(self, columns: Columns) -> NDArray[np.float64]:
-        """Return one score in [0, 1] for each row of the feature columns."""
+Place = tuple[str, str]
+"""Path of a package, and the alias whose processes hold it; "" is this process."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model that has shown that it can answer."""
+    """A model that has shown that it can answer.
+
+    ``service`` is the feature service that it was trained on. ``form`` is what it runs as:
+    ``eager``, ``torchscript``, ``onnx``, or ``remote`` in a process of its own. ``baseline`` is what
+    its scores are explained against.
+    """
 
     spec: ModelSpec
     scorer: Scorer
     reference: Reference
     reference_digest: str
     features: tuple[str, ...]
+    service: str = ""
+    form: str = "eager"
+    baseline: Mapping[str, Value] = field(default_factory=dict)
+
+    @cached_property
+    def remote(self) -> bool:
+        """Whether its scorer is an ``AsyncScorer``, whose scores are awaited."""
+        return isinstance(self.scorer, AsyncScorer)
+
+    def explain(self, columns: Columns) -> Explanation:
+        """Explain the scores of rows of feature columns; may take seconds, so it is for threads.
+
+        Raises:
+            RequestError: 413, too many rows for one call.
+        """
+        return self._explainer.explain(columns)
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(self.scorer.predict, self.baseline)
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSet:
     """The models of one epoch. Replaced as a whole, never changed.
 
-    ``challengers`` are in the order of ``served.challengers``, where their shares are.
+    ``challengers`` are in the order of ``served.challengers``, where their shares are. ``packages``
+    are the models without the graph around them.
     """
 
     served: ServedModels
     answer: LoadedModel
     shadows: tuple[LoadedModel, ...]
     challengers: tuple[LoadedModel, ...] = ()
+    packages: Mapping[Place, LoadedModel] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[LoadedModel, ...]:
@@ -58,50 +88,77 @@ class ModelSet:
         """Version by alias, the answering one first."""
         return {model.spec.alias: model.spec.version for model in self.all}
 
-    def shadow_scores(
-        self, columns: Columns, scores: NDArray[np.float64]
-    ) -> dict[str, NDArray[np.float64]]:
-        """Return the scores of each model in shadow, by alias; ``scores`` are the answer's own."""
-        return {
-            model.spec.alias: (
-                scores if model.scorer is self.answer.scorer else model.scorer.predict(columns)
-            )
-            for model in self.shadows
-        }
+    @property
+    def forms(self) -> dict[str, str]:
+        """What each model runs as, by alias."""
+        return {model.spec.alias: model.form for model in self.all}
 
 
 class ModelLoader:
     """Loads packages; a package that the current models hold already is not loaded again.
 
-    ``features`` are the columns that the endpoint can give to a model: numeric and categorical.
+    Args:
+        numeric: The numeric columns that the endpoint can give to a model.
+        categorical: The categorical ones.
+        graph: What is done around the models: its functions around each, its members with the answer.
+        gpu: Run models on the GPU, where there is one.
+        remotes: Handles of the deployments that hold the model of an alias (see ``remote``).
+
+    Raises:
+        MlopsRayError: A function of the graph is not on the allow-list or cannot be imported.
     """
 
-    def __init__(self, numeric: Iterable[str], categorical: Iterable[str]) -> None:
+    def __init__(
+        self,
+        numeric: Iterable[str],
+        categorical: Iterable[str],
+        *,
+        graph: Graph | None = None,
+        gpu: bool = False,
+        remotes: Mapping[str, Any] | None = None,
+    ) -> None:
         self._numeric = frozenset(numeric)
         self._categorical = frozenset(categorical)
+        self._graph = graph or Graph()
+        self._functions = GraphFunctions(self._graph)
+        self._gpu = gpu
+        self._remotes = dict(remotes or {})
+
+    def alone(self) -> ModelLoader:
+        """Return a loader for models that have nothing to do with the endpoint's own: in this process,
+        and without members of the graph."""
+        graph = self._graph.model_copy(update={"members": {}})
+        return ModelLoader(self._numeric, self._categorical, graph=graph, gpu=self._gpu)
 
     def load(self, served: ServedModels, current: ModelSet | None) -> ModelSet:
         """Return the models of ``served``, each verified by a probe prediction.
 
         Raises:
-            ServingError: a package is broken or does not fit the endpoint; names the version.
+            ServingError: a package is broken or does not fit the endpoint; names the version. Or a
+                member of the graph is not served, or the graph cannot score.
         """
-        held = {} if current is None else {m.spec.path: m for m in current.all}
+        held = {} if current is None else current.packages
+        packages: dict[Place, LoadedModel] = {}
         for spec in served.all:
-            if spec.path not in held:
-                held[spec.path] = self._load(spec)
-        loaded = [_renamed(held[spec.path], spec) for spec in served.all]
+            place = self._place(spec)
+            if place not in packages:
+                packages[place] = held.get(place) or self._load(spec)
+        by_alias = {s.alias: replace(packages[self._place(s)], spec=s) for s in served.all}
+        loaded = self._surround([by_alias[spec.alias] for spec in served.all])
         last = 1 + len(served.challengers)
-        return ModelSet(served, loaded[0], tuple(loaded[last:]), tuple(loaded[1:last]))
+        return ModelSet(served, loaded[0], tuple(loaded[last:]), tuple(loaded[1:last]), packages)
+
+    def _place(self, spec: ModelSpec) -> Place:
+        return spec.path, spec.alias if spec.alias in self._remotes else ""
 
     def _load(self, spec: ModelSpec) -> LoadedModel:
         from mlops_ray.metadata import package
-        from mlops_ray.training.inference import Predictor
 
         try:
             read = package.read(Path(spec.path))
-            model = _loaded(spec, read, Predictor)
-            self._probe(model, read)
+            self._check_fit(read)
+            scorer, form = self._scorer(spec, read)
+            self._probe(scorer, read)
         except Exception as error:
             raise ServingError(
                 f"version {spec.version} ({spec.alias}) cannot be served",
@@ -109,29 +166,91 @@ class ModelLoader:
                 why=str(error) or type(error).__name__,
                 fix="train and register the model again, or move the alias to another version",
             ) from error
-        return model
+        encoder, reference = read.manifest.encoder, read.reference
+        return LoadedModel(
+            spec,
+            scorer,
+            reference,
+            reference.digest,
+            encoder.features,
+            read.manifest.service_name,
+            form,
+            baseline_of(encoder, reference),
+        )
 
-    def _probe(self, model: LoadedModel, read: Package) -> None:
+    def _scorer(self, spec: ModelSpec, read: Package) -> tuple[Scorer, str]:
+        from mlops_ray.training.inference import Predictor
+
+        if spec.alias in self._remotes:
+            features = read.manifest.encoder.features
+            return RemoteScorer(self._remotes[spec.alias], spec.path, features), REMOTE
+        predictor = Predictor(read, fastest=True, gpu=self._gpu)
+        return predictor, predictor.form
+
+    def _check_fit(self, read: Package) -> None:
         encoder = read.manifest.encoder
         unknown = (
             set(encoder.numeric) - self._numeric | set(encoder.categorical) - self._categorical
         )
         if unknown:
             raise ValueError(f"it needs features that the endpoint has not: {sorted(unknown)}")
-        columns: dict[str, NDArray[Any]] = {name: np.full(1, np.nan) for name in encoder.numeric}
-        columns |= {name: np.array([""], dtype=object) for name in encoder.categorical}
-        score = model.scorer.predict(columns)
-        if score.shape != (1,) or not 0.0 <= score[0] <= 1.0:
-            raise ValueError(f"it answers a row of missing values with {score}, not with a score")
+
+    def _probe(self, scorer: Scorer, read: Package) -> None:
+        encoder = read.manifest.encoder
+        _check_score(scorer, _missing_row(encoder.numeric, encoder.categorical))
+
+    def _surround(self, models: list[LoadedModel]) -> list[LoadedModel]:
+        """Put the graph around the models; equal models stay one."""
+        if not self._graph.members and not self._functions:
+            return models
+        wrapped: dict[int, GraphScorer] = {}
+        for model in models:
+            if id(model.scorer) not in wrapped:
+                wrapped[id(model.scorer)] = _graph_scorer(self._functions, [(model.scorer, 1.0)])
+        scorers = [wrapped[id(model.scorer)] for model in models]
+        if self._graph.members:
+            scorers[0] = _graph_scorer(self._functions, self._members(models))
+        everything = _missing_row(self._numeric, self._categorical)
+        try:
+            for scorer in {id(scorer): scorer for scorer in scorers}.values():
+                _check_score(scorer, everything)
+        except Exception as error:
+            raise ServingError(
+                "the graph cannot score a row of missing values",
+                where="serving.graph",
+                why=str(error) or type(error).__name__,
+                fix="let its functions take NaN in numeric columns, None and '' in the others",
+            ) from error
+        unread: dict[str, Value] = {name: values[0] for name, values in everything.items()}
+        return [
+            replace(model, scorer=scorer, baseline=unread | dict(model.baseline))
+            for model, scorer in zip(models, scorers, strict=True)
+        ]
+
+    def _members(self, models: list[LoadedModel]) -> list[tuple[Scorer, float]]:
+        answer, weights = models[0].spec.alias, self._graph.members
+        served = {model.spec.alias: model.scorer for model in models}
+        absent = sorted(set(weights) - set(served))
+        if absent:
+            raise ServingError(
+                f"{', '.join(absent)} is a member of the graph, and not served",
+                where="serving.graph.members",
+                fix=f"deploy it with the others ({', '.join(served)}), or leave it out",
+            )
+        return [(served[alias], weight) for alias, weight in ({answer: 1.0} | weights).items()]
 
 
-def _loaded(spec: ModelSpec, read: Package, scorer: Callable[[Package], Scorer]) -> LoadedModel:
-    return LoadedModel(
-        spec, scorer(read), read.reference, read.reference.digest, read.manifest.encoder.features
-    )
+def _graph_scorer(functions: GraphFunctions, members: list[tuple[Scorer, float]]) -> GraphScorer:
+    remote = any(isinstance(scorer, AsyncScorer) for scorer, _ in members)
+    return (AsyncGraphScorer if remote else GraphScorer)(functions, members)
 
 
-def _renamed(model: LoadedModel, spec: ModelSpec) -> LoadedModel:
-    if model.spec == spec:
-        return model
-    return LoadedModel(spec, model.scorer, model.reference, model.reference_digest, model.features)
+def _missing_row(numeric: Iterable[str], categorical: Iterable[str]) -> Columns:
+    columns: Columns = {name: np.full(1, np.nan) for name in numeric}
+    return columns | {name: np.array([""], dtype=object) for name in categorical}
+
+
+def _check_score(scorer: Scorer, row: Columns) -> None:
+    score = scorer.predict(row)
+    if score.shape != (1,) or not 0.0 <= score[0] <= 1.0:
+        raise ValueError(f"it answers a row of missing values with {score}, not with a score")

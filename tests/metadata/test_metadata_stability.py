@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mlops_ray.monitoring.statistics import psi, psi_by_feature, psi_noise
+from mlops_ray.metadata.stability import psi, psi_by_feature, psi_noise
 
 counts = st.lists(st.integers(0, 10_000), min_size=1, max_size=40)
 

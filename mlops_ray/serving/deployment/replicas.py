@@ -1,0 +1,74 @@
+"""Asking the replicas of an endpoint: what they serve, and that they write their logs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from mlops_ray.serving.deployment.app import DEPLOYMENT
+from mlops_ray.serving.deployment.applications import POLL_S, Config, details, failed, not_ready
+from mlops_ray.serving.models.served import ServedModels
+
+_ANSWER_TIMEOUT_S = 10.0
+
+
+class RefusedError(Exception):
+    """A replica keeps its old models, and says why."""
+
+
+def ask_all(project: str, method: str, timeout_s: float) -> list[Any]:
+    """Call a method of every replica; return the answers."""
+    answers: list[Any] = _handle(project).broadcast(method).results(timeout_s=timeout_s)
+    return answers
+
+
+def wait_until_served(project: str, served: ServedModels, timeout_s: float) -> None:
+    """Return when all replicas serve the models. Where there are none just now, one is woken up.
+
+    Raises:
+        RefusedError: A replica refuses them.
+        ServingError: The application failed, or time is up.
+    """
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    deadline_s = time.monotonic() + timeout_s
+    state: Config = {}
+    while time.monotonic() < deadline_s:
+        state = details()["applications"].get(project, {})
+        if state.get("status") == "DEPLOY_FAILED":
+            raise failed(f"the endpoint of {project}", state)
+        if state.get("status") == "RUNNING":
+            try:
+                _wake_up(project, state)
+                replicas = ask_all(project, "describe", _ANSWER_TIMEOUT_S)
+            except (RayError, RayServeException, TimeoutError):
+                replicas = []
+            if _all_serve(replicas, served):
+                return
+        time.sleep(POLL_S)
+    raise not_ready(f"the endpoint of {project}", state, timeout_s)
+
+
+def _all_serve(replicas: list[Any], served: ServedModels) -> bool:
+    for replica in replicas:
+        refused = replica["refused"]
+        if refused is not None and refused["epoch"] == served.epoch:
+            raise RefusedError(refused["why"])
+    return bool(replicas) and all(replica["epoch"] == served.epoch for replica in replicas)
+
+
+def _wake_up(project: str, state: Config) -> None:
+    """Have a replica where scaling has left none: only it can say whether the models are sound."""
+    if state["deployments"][DEPLOYMENT]["target_num_replicas"] == 0:
+        _handle(project).describe.remote().result(timeout_s=_ANSWER_TIMEOUT_S)
+
+
+def _handle(project: str) -> Any:
+    from ray import serve
+
+    handle: Any = serve.get_app_handle(project)
+    if not handle.is_initialized:
+        # In throughput mode Serve would route in the caller's event loop, and there is none here.
+        handle._init(_run_router_in_separate_loop=True)
+    return handle

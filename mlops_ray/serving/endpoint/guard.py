@@ -1,0 +1,146 @@
+"""Who may call: bearer tokens with scopes and rates, checked in a few microseconds."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlops_ray.errors import RequestError, ServingError
+from mlops_ray.serving.endpoint import tokens
+from mlops_ray.serving.endpoint.tokens import PREFIX, Token
+
+_SCHEME = "bearer "
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls: the token's name, empty where no token is needed."""
+
+    name: str = ""
+
+
+ANYONE = Principal()
+
+
+class Guard:
+    """Lets requests in, or says why not.
+
+    Rates are kept by each replica for itself. Without a file, everyone may do everything.
+
+    Args:
+        path: The file of tokens.
+        clock: Returns seconds that never go back.
+
+    Raises:
+        ServingError: The file is not there or cannot be read.
+    """
+
+    def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._known: dict[str, _Known] = {}
+        self._seen: tuple[int, ...] | None = None
+        if path is not None:
+            self._seen = _stamp(path)
+            self._take(tokens.read(path))
+
+    @property
+    def asks(self) -> bool:
+        """Whether a request needs a token."""
+        return self._path is not None
+
+    def check(self, authorization: bytes | None, scope: str) -> Principal:
+        """Return who calls with an ``Authorization`` header, and count the request.
+
+        Raises:
+            RequestError: 401 no valid token, 403 a token without ``scope``, 429 too many requests.
+        """
+        if self._path is None:
+            return ANYONE
+        known = self._find(authorization)
+        if scope not in known.token.scopes:
+            raise RequestError(
+                f"this token has no scope {scope!r}, only {', '.join(known.token.scopes)}",
+                status=403,
+            )
+        known.count(self._clock())
+        return known.principal
+
+    def refresh(self) -> None:
+        """Read the file again if it has changed. One that is gone allows nothing; of one that cannot
+        be read, the tokens of before stay."""
+        if self._path is None:
+            return
+        stamp = _stamp(self._path)
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            self._take(tokens.read(self._path) if stamp is not None else ())
+        except ServingError:
+            logger.exception("the tokens stay as they were")
+
+    def _take(self, found: tuple[Token, ...]) -> None:
+        before = self._known
+        self._known = {token.id: _Known(token, before.get(token.id)) for token in found}
+
+    def _find(self, authorization: bytes | None) -> _Known:
+        if authorization is None:
+            raise RequestError("send a token: Authorization: Bearer …", status=401)
+        text = authorization.decode("latin-1")
+        if text[: len(_SCHEME)].lower() != _SCHEME:
+            raise RequestError("the Authorization header must be: Bearer …", status=401)
+        identifier, _, secret = text[len(_SCHEME) :].strip().removeprefix(PREFIX).partition("_")
+        known = self._known.get(identifier)
+        if known is None or not known.matches(secret.encode("latin-1")):
+            raise RequestError("this token is not valid", status=401)
+        return known
+
+
+class _Known:
+    """A token, and how much of its rate is left."""
+
+    __slots__ = ("_at_s", "_burst", "_digest", "_left", "principal", "token")
+
+    def __init__(self, token: Token, before: _Known | None) -> None:
+        self.token = token
+        self.principal = Principal(token.name)
+        self._digest = bytes.fromhex(token.digest)
+        self._burst = float(token.burst or max(1.0, token.rate or 1.0))
+        self._left = self._burst
+        self._at_s = -1.0
+        if before is not None and before.token == token:
+            self._left, self._at_s = before._left, before._at_s
+
+    def matches(self, secret: bytes) -> bool:
+        return hmac.compare_digest(tokens.digest(self.token.salt, secret), self._digest)
+
+    def count(self, now_s: float) -> None:
+        """Take one request from the bucket. RequestError 429 where it is empty."""
+        rate = self.token.rate
+        if rate is None:
+            return
+        if self._at_s >= 0:
+            self._left = min(self._burst, self._left + (now_s - self._at_s) * rate)
+        self._at_s = now_s
+        if self._left < 1:
+            raise RequestError(
+                f"token {self.token.name!r} may send {rate:g} requests a second",
+                status=429,
+                retry_after_s=(1 - self._left) / rate,
+            )
+        self._left -= 1
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

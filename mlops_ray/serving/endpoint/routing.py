@@ -1,0 +1,103 @@
+"""Who answers: the champion, or a challenger by its share of the requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from weakref import WeakKeyDictionary
+
+from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
+
+_LEAST_SHARE = 1e-9
+_SALT_BYTES, _HASH_BYTES = 16, 8
+_HASHES = 2 ** (8 * _HASH_BYTES)
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """A challenger's turn at a key: it takes it where its hash is below ``limit``."""
+
+    place: int
+    salt: bytes
+    limit: int
+
+
+class Router:
+    """Chooses the model that answers, by the shares of a ``ModelSet``.
+
+    A sticky key is offered to one challenger after the other, by name. Each takes it where its own
+    hash of the key is below its share of what is left, and the champion has the rest. So with one
+    challenger, a changed share moves no key that it need not; with several, what the others give up
+    they get back from the champion. The same in every replica.
+
+    Args:
+        project: Part of the hash, so that projects divide the same keys differently.
+        sticky_by: The inputs whose values make the key; none: each request draws.
+        draw: Returns a number in [0, 1).
+    """
+
+    def __init__(
+        self,
+        project: str,
+        sticky_by: Sequence[str] = (),
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._project = project
+        self._sticky_by = tuple(sticky_by)
+        self._draw = draw
+        self._known: WeakKeyDictionary[ModelSet, list[_Turn]] = WeakKeyDictionary()
+
+    @property
+    def is_sticky(self) -> bool:
+        """Whether each row is routed by its key, rather than each request by chance."""
+        return bool(self._sticky_by)
+
+    def draw(self, models: ModelSet) -> LoadedModel:
+        """Return the model for one request, by chance."""
+        if not models.challengers:
+            return models.answer
+        left = self._draw()
+        for challenger, model in zip(models.served.challengers, models.challengers, strict=True):
+            left -= challenger.share
+            if left < 0:
+                return model
+        return models.answer
+
+    def owners(self, models: ModelSet, inputs: Columns) -> tuple[list[LoadedModel], list[int]]:
+        """Return the models that may answer, and which of them does for each row, by its key."""
+        turns = self._turns(models)
+        columns = [inputs[name].tolist() for name in self._sticky_by]
+        # Equal values are written alike, whatever array holds them.
+        owners = [
+            _owner(repr(key).encode("ascii", "backslashreplace"), turns)
+            for key in zip(*columns, strict=True)
+        ]
+        return [models.answer, *models.challengers], owners
+
+    def _turns(self, models: ModelSet) -> list[_Turn]:
+        known = self._known.get(models)
+        if known is None:
+            known = self._known[models] = self._made(models)
+        return known
+
+    def _made(self, models: ModelSet) -> list[_Turn]:
+        turns, left = [], 1.0
+        challengers = enumerate(models.served.challengers, start=1)
+        for place, challenger in sorted(challengers, key=lambda item: item[1].spec.alias):
+            name = f"{self._project}/{challenger.spec.alias}"
+            salt = blake2b(name.encode(), digest_size=_SALT_BYTES).digest()
+            # Rounding must not leave the last of them a share above 1, or nothing.
+            part = min(1.0, challenger.share / left) if left > _LEAST_SHARE else 1.0
+            turns.append(_Turn(place, salt, int(part * _HASHES)))
+            left -= challenger.share
+        return turns
+
+
+def _owner(key: bytes, turns: Sequence[_Turn]) -> int:
+    for turn in turns:
+        found = blake2b(key, digest_size=_HASH_BYTES, key=turn.salt).digest()
+        if int.from_bytes(found, "little") < turn.limit:
+            return turn.place
+    return 0

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol over gRPC, by Ray Serve's gRPC ingress."""

@@ -1,0 +1,176 @@
+"""Faults of a deployed endpoint under load: what may fail is named, and nothing else does.
+
+A replica that is killed takes with it the requests that it has accepted, and those that reach its
+socket while the kernel takes the process down. What has no replica waits for the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.serving_load import load, processes
+from serving import shop
+from serving.harness import Served, shared_serving
+
+from mlops_ray.config.serving import Autoscaling
+from mlops_ray.errors import ServingError
+from mlops_ray.metadata.home import Home
+from mlops_ray.metadata.types import Endpoint
+from mlops_ray.serving.client.http import Client
+from mlops_ray.serving.deployment.deploy import remove
+from mlops_ray.serving.deployment.replicas import ask_all
+
+DYING_S = 1.0
+"""How long a killed process may hold on to its sockets, and a stand-in take to come."""
+
+
+@pytest.fixture(scope="module")
+def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The shop on two replicas: versions 1 and 2 are sound, 3 is greedy for large amounts."""
+    folder = tmp_path_factory.mktemp("faults")
+    packages = [shop.write_package(folder / f"m{seed}", seed) for seed in (1, 2)]
+    packages.append(shop.write_package(folder / "m3", 3, target="faults.greedy.Greedy"))
+    home = Home(folder / "home")
+    shop.fill_store(home, "shop")
+    serving = shared_serving(autoscaling=Autoscaling(min_replicas=2, max_replicas=2))
+    served = Served(home, serving, packages, Endpoint(name="shop", url="", versions={}))
+    served.address = served.deploy(1)
+    yield served
+    remove("shop")
+
+
+def replicas() -> list[int]:
+    return sorted(replica["pid"] for replica in ask_all("shop", "describe", 10.0))
+
+
+def kill(pids: list[int]) -> None:
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+def two_others(before: list[int]) -> bool:
+    try:
+        now = replicas()
+    except Exception:
+        return False
+    return len(now) == 2 and now != before
+
+
+def test_a_killed_replica_takes_only_what_it_had_accepted(served: Served) -> None:
+    before = replicas()
+    with load(served.address, shop.ROW) as seen:
+        time.sleep(1)
+        killed_s = seen.now_s()
+        kill(before[:1])
+        wait_until(lambda: two_others(before))
+        time.sleep(1)
+    assert seen.failed_outside(killed_s - 0.1, killed_s + DYING_S) == []
+    assert len(seen.failed) < 32
+    assert len(seen.answered) > 200
+
+
+def test_without_a_replica_requests_wait_for_the_next(served: Served) -> None:
+    before = replicas()
+    with load(served.address, shop.ROW, 20) as seen:
+        time.sleep(1)
+        killed_s = seen.now_s()
+        kill(before)
+        wait_until(lambda: two_others(before))
+    assert seen.failed_outside(killed_s - 0.1, killed_s + DYING_S) == []
+    assert max(sent_s for sent_s, _, _ in seen.answered) > killed_s + DYING_S
+
+
+def test_a_killed_proxy_is_stood_in_for(served: Served) -> None:
+    before = processes("haproxy")
+    with load(served.address, shop.ROW) as seen:
+        time.sleep(1)
+        killed_s = seen.now_s()
+        kill(before)
+        # Ray sees it after some seconds, and starts the next one.
+        wait_until(lambda: bool(set(processes("haproxy")) - set(before)))
+        time.sleep(1)
+    assert seen.failed_outside(killed_s - 0.1, killed_s + DYING_S) == []
+    assert client_answers(served)
+
+
+def test_a_killed_controller_is_not_noticed(served: Served) -> None:
+    with load(served.address, shop.ROW) as seen:
+        time.sleep(1)
+        before = processes("ray::ServeController")
+        kill(before)
+        wait_until(
+            lambda: bool(set(processes("ray::ServeController")) - set(before)) and bool(replicas())
+        )
+        time.sleep(1)
+    assert seen.failed == []
+    served.deploy(2)
+    served.deploy(1)
+
+
+def test_a_model_whose_file_is_missing_leaves_the_old_one(served: Served, tmp_path: Path) -> None:
+    served.deploy(1)
+    kept = served.packages[1]
+    gone = tmp_path / "gone"
+    shutil.copytree(kept, gone)
+    (gone / "weights.safetensors").unlink()
+    served.packages[1] = gone
+    try:
+        with load(served.address, shop.ROW) as seen:
+            time.sleep(0.5)
+            with pytest.raises(ServingError, match="goes on with the old"):
+                served.deploy(2)
+            time.sleep(0.5)
+    finally:
+        served.packages[1] = kept
+    assert seen.failed == []
+    assert {version for _, _, version in seen.answered} == {1}
+
+
+def test_a_model_that_takes_all_memory_fails_alone(served: Served) -> None:
+    served.deploy(3)
+    before = replicas()
+    client = Client(served.address, retries=None)
+    with load(served.address, shop.ROW) as seen:
+        for _ in range(5):
+            with pytest.raises(ServingError, match="500"):
+                client.predict([{**shop.ROW, "amount": 1e6}])
+    client.close()
+    assert seen.failed == []
+    assert replicas() == before
+    served.deploy(1)
+
+
+def test_swaps_and_new_code_under_load_lose_nothing(served: Served) -> None:
+    before = replicas()
+    with load(served.address, shop.ROW) as seen:
+        for version in (2, 1, 2):
+            served.deploy(version)
+        assert replicas() == before
+        served.serving = served.serving.model_copy(update={"threshold": 0.4})
+        served.deploy(1)
+        assert not set(replicas()) & set(before)
+        time.sleep(1)
+    assert seen.failed == []
+    assert {version for _, _, version in seen.answered} == {1, 2}
+
+
+def client_answers(served: Served) -> bool:
+    client = Client(served.address)
+    answer = client.predict([shop.ROW])
+    client.close()
+    return len(answer.scores) == 1
