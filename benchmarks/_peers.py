@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -41,21 +42,27 @@ class Worker:
         script: A file of this folder; it reads lines from stdin and prints its answers.
         arguments: What it is started with.
         log: Where what it says on stderr goes; None is this process's own.
+        environment: Variables beside those of this process.
     """
 
     def __init__(
-        self, peer: str | None, script: str, *arguments: str, log: IO[str] | None = None
+        self,
+        peer: str | None,
+        script: str,
+        *arguments: str,
+        log: IO[str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         interpreter = sys.executable if peer is None else str(python(peer))
         command = [interpreter, str(Path(__file__).parent / script), *arguments]
-        environment = os.environ | ({"PYTHONPATH": str(ROOT)} if peer is None else {})
+        variables = os.environ | ({"PYTHONPATH": str(ROOT)} if peer is None else {})
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=environment,
+            env=variables | dict(environment or {}),
         )
 
     @property

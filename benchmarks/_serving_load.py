@@ -32,18 +32,19 @@ function done(summary, latency)
 end
 """
 
+_MARK = "SERVING_BENCHMARK"
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go: a server on this machine, by its port, its path and its first process."""
+    """Where requests go: a port and a path of this machine, and whose processes answer there."""
 
     name: str
     port: int
     path: str
     bodies: str
-    pid: int
+    server: str
     token: str = ""
 
 
@@ -75,9 +76,9 @@ def load(target: Target, script: Path, bodies: Path, connections: int, duration_
     line = [program(), "-t1", f"-c{connections}", f"-d{duration_s}s", "--timeout", "10s"]
     line += ["-s", str(script), f"http://127.0.0.1:{target.port}", "--"]
     line += [str(bodies), target.path, *([target.token] if target.token else [])]
-    before = cpu_s(target.pid)
+    before = cpu_s(target.server)
     done = subprocess.run(line, capture_output=True, text=True, check=False)
-    used_s = cpu_s(target.pid) - before
+    used_s = cpu_s(target.server) - before
     answers = [text for text in done.stdout.splitlines() if text.startswith("found ")]
     if done.returncode or not answers:
         raise RuntimeError(f"wrk failed on {target.name}: {done.stdout}{done.stderr}")
@@ -92,10 +93,10 @@ def load(target: Target, script: Path, bodies: Path, connections: int, duration_
     )
 
 
-def cpu_s(pid: int) -> float:
-    """Return the processor time that a process and all that came from it have used."""
+def cpu_s(server: str) -> float:
+    """Return the processor time that the processes of a server have used until now."""
     total = 0
-    for process in tree(pid):
+    for process in processes(server):
         try:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
@@ -104,18 +105,21 @@ def cpu_s(pid: int) -> float:
     return total / _TICKS
 
 
-def tree(pid: int) -> list[int]:
-    """Return a process and its descendants."""
-    children: dict[int, list[int]] = {}
+def mark(server: str) -> dict[str, str]:
+    """Return what a server's first process needs in its environment, to be found by."""
+    return {_MARK: f"{os.getpid()}-{server}"}
+
+
+def processes(server: str) -> list[int]:
+    """Return the ids of a server's processes: all that came from the first one, orphans too."""
+    wanted = f"{_MARK}={os.getpid()}-{server}".encode()
+    found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                stat = Path(f"/proc/{entry}/stat").read_text()
-            except (FileNotFoundError, ProcessLookupError):
+                variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            parent = int(stat.rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry))
-    found = [pid]
-    for process in found:
-        found += children.get(process, [])
+            if wanted in variables:
+                found.append(int(entry))
     return found

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import _peers
 from benchmarks._peers import Worker
-from benchmarks._serving_load import Target, tree
+from benchmarks._serving_load import Target, mark, processes
 from benchmarks._serving_ray_work import BARE
 from benchmarks._serving_world import PROJECT, WIDTH, World
 
@@ -54,14 +54,14 @@ def serve(world: World) -> Iterator[Servers]:
         rays = {mode: _ray(stack, mode, world) for mode in ("throughput", "default")}
         with ThreadPoolExecutor() as pool:
             (token, direct_port), _ = pool.map(lambda ray: ray[0]("serve"), rays.values())
-        (ray, port), (default, default_port) = rays.values()
+        (ray, port), (_, default_port) = rays.values()
         path = f"/v1/models/{PROJECT}/predict"
         targets = [
-            Target("ours", port, path, "ours", ray.pid, token),
-            Target(DIRECT, direct_port, path, "ours", ray.pid, token),
-            Target(BARE, port, f"/{BARE}", "features", ray.pid),
+            Target("ours", port, path, "ours", "throughput", token),
+            Target(DIRECT, direct_port, path, "ours", "throughput", token),
+            Target(BARE, port, f"/{BARE}", "features", "throughput"),
             *peers,
-            Target("serve_default", default_port, f"/{BARE}", "features", default.pid),
+            Target("serve_default", default_port, f"/{BARE}", "features", "default"),
         ]
         for target in targets:
             _wait(target, world)
@@ -88,7 +88,8 @@ def _ray(stack: ExitStack, mode: str, world: World) -> tuple[Worker, int]:
     port = free_port()
     arguments = [mode, str(port), str(world.folder)]
     log = stack.enter_context((world.folder / f"{mode}.log").open("w"))
-    return stack.enter_context(Worker(None, "_serving_ray_work.py", *arguments, log=log)), port
+    worker = Worker(None, "_serving_ray_work.py", *arguments, log=log, environment=mark(mode))
+    return stack.enter_context(worker), port
 
 
 @contextlib.contextmanager
@@ -102,20 +103,24 @@ def _peer(name: str, world: World) -> Iterator[Target]:
     else:
         file = "mlflow" if name == "mlflow_serve" else name
         line = [str(interpreter), str(HERE / f"_serving_{file}_work.py"), str(port), script]
-    environment = os.environ | {
-        "SCRIPT": script,
-        "WIDTH": str(WIDTH),
-        "OMP_NUM_THREADS": "1",
-        "BENTOML_HOME": str(world.folder / "bentoml"),
-        "BENTOML_DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
+    environment = (
+        os.environ
+        | mark(name)
+        | {
+            "SCRIPT": script,
+            "WIDTH": str(WIDTH),
+            "OMP_NUM_THREADS": "1",
+            "BENTOML_HOME": str(world.folder / "bentoml"),
+            "BENTOML_DO_NOT_TRACK": "1",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+    )
     with (world.folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(line, cwd=HERE, env=environment, stdout=log, stderr=log)
     try:
-        yield Target(name, port, PEERS[name], "features", process.pid)
+        yield Target(name, port, PEERS[name], "features", name)
     finally:
-        for pid in reversed(tree(process.pid)):
+        for pid in processes(name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait(30)
@@ -130,8 +135,8 @@ def _wait(target: Target, world: World) -> None:
             ask(target, body)
             return
         except (urllib.error.URLError, ConnectionError) as error:
-            if time.monotonic() > deadline_s or not os.path.exists(f"/proc/{target.pid}"):
-                log = world.folder / f"{target.name}.log"
+            if time.monotonic() > deadline_s or not processes(target.server):
+                log = world.folder / f"{target.server}.log"
                 why = log.read_text()[-2000:] if log.exists() else ""
                 raise RuntimeError(f"{target.name} does not answer: {why}") from error
         time.sleep(0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -67,7 +68,6 @@ def predict(overrides: tuple[str, ...], as_json: bool, id_: str | None, **option
     given = {name: value for name, value in {**options, "id": id_}.items() if value}
     if options["max_rejected"] is not None:
         given["max_rejected"] = options["max_rejected"]
-    # JSON is how Hydra's grammar takes any text: quoted.
     declared = [f"++batch.{name}={_quoted(value)}" for name, value in given.items()]
     output = run_declared(["workflow=batch_predict", *overrides, *declared], _STEP)
     if as_json:
@@ -79,16 +79,17 @@ def predict(overrides: tuple[str, ...], as_json: bool, id_: str | None, **option
 
 
 def _quoted(value: Any) -> str:
+    """Return a value in Hydra's grammar, where only a quote and what stands before it is escaped."""
     if not isinstance(value, str):
         return json.dumps(value)
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)
+    return f"'{text}'"
 
 
 def _show(result: BatchResult) -> None:
     click.secho(f"{result.rows:,} rows scored with {result.model}@{result.version}", bold=True)
     if result.was_there:
-        click.echo("  an earlier call had added them already: nothing was done")
+        click.echo("  an earlier call had put them there already: nothing was done")
     click.echo(f"  output: {result.output}")
     if result.resumed_pieces:
         click.echo(f"  {result.resumed_pieces} of {result.pieces} pieces were there already")

@@ -71,7 +71,9 @@ class Routing(Frozen):
 class Graph(Frozen):
     """What is done around the model. ``before`` are functions from feature columns to feature columns,
     ``after`` from (scores, feature columns) to scores, each applied in order; ``members`` are aliases
-    whose scores are averaged, by weight, into the first alias's answer.
+    whose scores are averaged, by weight, into the first alias's answer, which itself weighs 1 where
+    it is not among them. ``before`` and ``after`` go around every model, members only count for the
+    first.
     """
 
     before: tuple[Target, ...] = ()

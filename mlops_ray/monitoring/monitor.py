@@ -15,6 +15,7 @@ from mlops_ray.config.monitoring import Monitoring
 from mlops_ray.errors import MonitoringError
 from mlops_ray.metadata.delta import Delta
 from mlops_ray.metadata.profile import Counts, Reference
+from mlops_ray.metadata.stability import psi_by_feature, psi_noise
 from mlops_ray.monitoring.labels import LabelJoin
 from mlops_ray.monitoring.measurement import (
     DriftMeasurement,
@@ -22,7 +23,6 @@ from mlops_ray.monitoring.measurement import (
     PerformanceMeasurement,
     ServedVersion,
 )
-from mlops_ray.metadata.stability import psi_by_feature, psi_noise
 from mlops_ray.monitoring.windows import ProfileWindows
 from mlops_ray.training.evaluation import auc, log_loss
 

@@ -27,8 +27,15 @@ def batch_predict(
     """
     from mlops_ray.registry.registry import Registry
 
-    model = Registry(context.home).resolve(batch.model)
-    result = score_batch(context, project, features, serving, model, batch)
+    registry = Registry(context.home)
+    model = registry.resolve(batch.model)
+    weights = dict(serving.graph.members)
+    own = weights.pop(batch.model.partition("@")[2], 1.0)
+    members = [
+        (registry.resolve(f"{model.name}@{alias}"), weight / own)
+        for alias, weight in weights.items()
+    ]
+    result = score_batch(context, project, features, serving, model, batch, members)
     context.reporter.reads("model", f"{model.name}@{model.version}")
     for view, version in result.feature_versions.items():
         context.reporter.reads("view", f"{view}@{version}")

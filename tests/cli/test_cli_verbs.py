@@ -25,8 +25,9 @@ from mlops_ray.orchestration.load import load_project
 
 ROOT = Path(__file__).parents[2]
 VERBS = [
-    *("init", "check", "plan", "run", "submit", "why", "cancel", "resolve", "features", "status"),
-    *("logs", "models", "lineage", "reproduce", "gc", "triggers", "doctor"),
+    *("init", "check", "plan", "run", "submit", "predict", "why", "cancel", "resolve"),
+    *("features", "status", "logs", "models", "endpoints", "lineage", "reproduce", "gc"),
+    *("tokens", "triggers", "doctor"),
 ]
 HEAVY = ["ray", "torch", "mlflow", "pyarrow", "numpy", "sqlalchemy", "hydra", "deltalake", "scipy"]
 NAME = "late_orders"

@@ -32,7 +32,7 @@ from mlops_ray.metadata.prediction_log.reading import read_predictions
 
 ROWS = 6_000
 PIECE_ROWS = 150
-LONGEST_S = 4.0
+LONGEST_S = 3.0
 WORKER = b"ray::MapWorker"
 
 
@@ -52,34 +52,31 @@ def run(folder: Path, kills: int, seed: int = 0) -> str:
     batches = resumed = 0
     while sum(killed.values()) < kills:
         model, how = batches % 2, ("parquet", "delta")[batches // 2 % 2]
-        while True:
+        kept = None
+        while kept is None:
             driver = start(folder, address, model, how, batches)
             enough = sum(killed.values()) >= kills
-            done = enough_said(driver, None if enough else chance.random() * LONGEST_S)
-            if done is not None:
-                resumed += done
-                break
-            if chance.random() < 0.5 and (workers := workers_of(os.getpid())):
+            kept = waited(driver, None if enough else chance.random() * LONGEST_S)
+            if kept is None and chance.random() < 0.5 and (workers := workers_of(os.getpid())):
                 os.kill(chance.choice(workers), signal.SIGKILL)
                 killed["worker"] += 1
-                done = enough_said(driver, LONGEST_S)
-                if done is not None:
-                    resumed += done
-                    break
-            driver.send_signal(signal.SIGKILL)
-            driver.wait(30)
-            killed["driver"] += 1
-            if batches and how == "parquet":
+                kept = waited(driver, chance.random() * LONGEST_S)
+            if kept is None:
+                driver.send_signal(signal.SIGKILL)
+                driver.wait(30)
+                killed["driver"] += 1
+            if how == "parquet":
                 check_parquet(folder, table, expected)
+        resumed += kept
         batches += 1
         if how == "parquet":
             assert check_parquet(folder, table, expected) == model, "the output is an older one"
         else:
             check_delta(folder, batches)
     logged = read_predictions(home.predictions("shop"))
-    assert logged.num_rows == ROWS * batches, "the log has lost rows, or has some twice"
-    assert len(set(logged["id"].to_pylist())) == logged.num_rows
-    return f"{sum(killed.values())} killed ({killed}); {batches} batches, {resumed} pieces not done again"
+    assert len(set(logged["id"].to_pylist())) == logged.num_rows, "the log has rows twice"
+    assert logged.num_rows == ROWS * batches, "the log has lost rows, or has some of two jobs"
+    return f"{sum(killed.values())} killed {killed}; {batches} batches, {resumed} pieces kept"
 
 
 def check_parquet(folder: Path, table: Any, expected: Any) -> int:
@@ -106,7 +103,8 @@ def check_delta(folder: Path, batches: int) -> None:
 
 
 def start(folder: Path, address: str, model: int, how: str, batch: int) -> subprocess.Popen[str]:
-    """Begin a batch; return when it has begun to work."""
+    """Begin a batch; return when a worker has begun a piece."""
+    began_s = time.time()
     arguments = [str(folder), address, str(model), how, str(batch)]
     process = subprocess.Popen(
         [sys.executable, "-m", "faults.kill_batch", "--child", *arguments],
@@ -116,10 +114,21 @@ def start(folder: Path, address: str, model: int, how: str, batch: int) -> subpr
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    work = ".out.batch" if how == "parquet" else ".lake.batch"
+    while process.poll() is None and not begun_since(folder / work, began_s):
+        time.sleep(0.02)
     return process
 
 
-def enough_said(process: subprocess.Popen[str], within_s: float | None) -> int | None:
+def begun_since(work: Path, moment_s: float) -> bool:
+    """Whether a worker has begun a piece since a moment."""
+    try:
+        return any(f.stat().st_mtime > moment_s for f in work.glob("*/begun/*"))
+    except OSError:
+        return False
+
+
+def waited(process: subprocess.Popen[str], within_s: float | None) -> int | None:
     """Return how many pieces an ended process has taken over, None where it is not at its end."""
     try:
         code = process.wait(within_s)
@@ -170,6 +179,7 @@ def _child(folder: Path, address: str, model: int, how: str, batch: int) -> None
         batch_rows=50,
         workers=2,
         log=True,
+        run=f"run-{batch}",
     )
     print(result.resumed_pieces, flush=True)
 

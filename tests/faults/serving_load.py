@@ -76,16 +76,17 @@ def load(endpoint: Endpoint, row: Any, per_s: float = 100.0) -> Iterator[Load]:
 
 
 def processes(name: str) -> list[int]:
-    """The processes of this process's own Ray whose title or program is ``name``."""
-    parents = {pid: parent for pid in _all() if (parent := _parent(pid)) is not None}
-    return [pid for pid in parents if _is_ours(pid, parents) and _program(pid) == name]
+    """The processes of this process's own Ray whose title or program begins with ``name``."""
+    parents = {pid: above for pid in _all() if (above := parent(pid)) is not None}
+    return [pid for pid in parents if _is_ours(pid, parents) and _program(pid).startswith(name)]
 
 
 def _all() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
-def _parent(pid: int) -> int | None:
+def parent(pid: int) -> int | None:
+    """The process that has started a process, or taken it over; None where that has ended."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

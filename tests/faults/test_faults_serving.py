@@ -1,7 +1,8 @@
 """Faults of a deployed endpoint under load: what may fail is named, and nothing else does.
 
 A replica that is killed takes with it the requests that it has accepted, and those that reach its
-socket while the kernel takes the process down. What has no replica waits for the next one.
+socket while the kernel takes the process down. Where another replica is left, that is all. Where none
+is, those fail too that come before Serve has seen it; later ones wait for the next replica.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.serving_load import load, processes
+from faults import greedy
+from faults.serving_load import load, parent, processes
 from serving import shop
 from serving.harness import Served, shared_serving
 
@@ -30,10 +32,15 @@ from mlops_ray.serving.deployment.replicas import ask_all
 DYING_S = 1.0
 """How long a killed process may hold on to its sockets, and a stand-in take to come."""
 
+SEEN_S = 6.0
+"""How long Serve may take to see that a replica is gone."""
+
+ROW = {**shop.ROW, "shop": 1}
+
 
 @pytest.fixture(scope="module")
 def served(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The shop on two replicas: versions 1 and 2 are sound, 3 is greedy for large amounts."""
+    """The shop on two replicas: versions 1 and 2 are sound, 3 is greedy."""
     folder = tmp_path_factory.mktemp("faults")
     packages = [shop.write_package(folder / f"m{seed}", seed) for seed in (1, 2)]
     packages.append(shop.write_package(folder / "m3", 3, target="faults.greedy.Greedy"))
@@ -73,7 +80,7 @@ def two_others(before: list[int]) -> bool:
 
 def test_a_killed_replica_takes_only_what_it_had_accepted(served: Served) -> None:
     before = replicas()
-    with load(served.address, shop.ROW) as seen:
+    with load(served.address, ROW) as seen:
         time.sleep(1)
         killed_s = seen.now_s()
         kill(before[:1])
@@ -86,30 +93,35 @@ def test_a_killed_replica_takes_only_what_it_had_accepted(served: Served) -> Non
 
 def test_without_a_replica_requests_wait_for_the_next(served: Served) -> None:
     before = replicas()
-    with load(served.address, shop.ROW, 20) as seen:
+    with load(served.address, ROW, 20) as seen:
         time.sleep(1)
         killed_s = seen.now_s()
         kill(before)
         wait_until(lambda: two_others(before))
-    assert seen.failed_outside(killed_s - 0.1, killed_s + DYING_S) == []
-    assert max(sent_s for sent_s, _, _ in seen.answered) > killed_s + DYING_S
+    assert [one for one in seen.failed if one[0] > killed_s + SEEN_S or one[1] < killed_s] == []
+    assert max(sent_s for sent_s, _, _ in seen.answered) > killed_s + SEEN_S
 
 
 def test_a_killed_proxy_is_stood_in_for(served: Served) -> None:
-    before = processes("haproxy")
-    with load(served.address, shop.ROW) as seen:
+    with load(served.address, ROW) as seen:
         time.sleep(1)
-        killed_s = seen.now_s()
+        before, killed_s = proxies(), seen.now_s()
         kill(before)
         # Ray sees it after some seconds, and starts the next one.
-        wait_until(lambda: bool(set(processes("haproxy")) - set(before)))
+        wait_until(lambda: bool(set(proxies()) - set(before)))
         time.sleep(1)
     assert seen.failed_outside(killed_s - 0.1, killed_s + DYING_S) == []
-    assert client_answers(served)
+    assert len(seen.answered) > 300
+
+
+def proxies() -> list[int]:
+    """The HAProxies that Ray runs itself, not a stand-in."""
+    managers = processes("ray::HAProxyManager")
+    return [pid for pid in processes("haproxy") if parent(pid) in managers]
 
 
 def test_a_killed_controller_is_not_noticed(served: Served) -> None:
-    with load(served.address, shop.ROW) as seen:
+    with load(served.address, ROW) as seen:
         time.sleep(1)
         before = processes("ray::ServeController")
         kill(before)
@@ -130,7 +142,7 @@ def test_a_model_whose_file_is_missing_leaves_the_old_one(served: Served, tmp_pa
     (gone / "weights.safetensors").unlink()
     served.packages[1] = gone
     try:
-        with load(served.address, shop.ROW) as seen:
+        with load(served.address, ROW) as seen:
             time.sleep(0.5)
             with pytest.raises(ServingError, match="goes on with the old"):
                 served.deploy(2)
@@ -145,32 +157,28 @@ def test_a_model_that_takes_all_memory_fails_alone(served: Served) -> None:
     served.deploy(3)
     before = replicas()
     client = Client(served.address, retries=None)
-    with load(served.address, shop.ROW) as seen:
-        for _ in range(5):
-            with pytest.raises(ServingError, match="500"):
-                client.predict([{**shop.ROW, "amount": 1e6}])
-    client.close()
+    try:
+        with load(served.address, ROW) as seen:
+            for _ in range(5):
+                with pytest.raises(ServingError, match="500"):
+                    client.predict([ROW] * greedy.ROWS)
+    finally:
+        client.close()
+        served.deploy(1)
     assert seen.failed == []
     assert replicas() == before
-    served.deploy(1)
 
 
 def test_swaps_and_new_code_under_load_lose_nothing(served: Served) -> None:
+    served.deploy(1)
     before = replicas()
-    with load(served.address, shop.ROW) as seen:
+    with load(served.address, ROW) as seen:
         for version in (2, 1, 2):
             served.deploy(version)
-        assert replicas() == before
+            assert replicas() == before
         served.serving = served.serving.model_copy(update={"threshold": 0.4})
         served.deploy(1)
         assert not set(replicas()) & set(before)
         time.sleep(1)
     assert seen.failed == []
     assert {version for _, _, version in seen.answered} == {1, 2}
-
-
-def client_answers(served: Served) -> bool:
-    client = Client(served.address)
-    answer = client.predict([shop.ROW])
-    client.close()
-    return len(answer.scores) == 1

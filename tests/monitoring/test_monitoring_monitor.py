@@ -14,9 +14,9 @@ from mlops_ray.config.monitoring import Monitoring
 from mlops_ray.errors import MonitoringError
 from mlops_ray.metadata.delta import LABEL_SCHEMA, Delta, prediction_schema
 from mlops_ray.metadata.profile import Reference
+from mlops_ray.metadata.stability import psi
 from mlops_ray.monitoring.measurement import ServedVersion
 from mlops_ray.monitoring.monitor import Monitor, reference_counts
-from mlops_ray.metadata.stability import psi
 
 START = datetime(2013, 3, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

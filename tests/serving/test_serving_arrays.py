@@ -97,6 +97,7 @@ def in_pieces(table: pa.Table) -> pa.Table:
         ("distance", pa.array([1, 10_001], pa.uint16()), "distance", 1),
         ("distance", pa.array(["1", "2"]), "distance", None),
         ("flight", pa.array([1, 2**63], pa.uint64()), "flight", 1),
+        ("gate", pa.array([1, 2**63], pa.uint64()), "gate", 1),
         ("flight", pa.array([1, -1], pa.int8()), "flight", 1),
         ("flight", pa.array([1.0, 2.0]), "flight", None),
         ("flight", pa.array([True, False]), "flight", None),

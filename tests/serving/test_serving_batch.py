@@ -21,6 +21,7 @@ from mlops_ray.config.features import Features
 from mlops_ray.errors import DataError, MlopsRayError, SchemaError, ServingError, SourceError
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.package import read
+from mlops_ray.metadata.prediction_log.reading import read_predictions
 from mlops_ray.metadata.stability import psi
 from mlops_ray.serving.batch import scoring
 from mlops_ray.serving.batch.worker import PieceScorer
@@ -174,6 +175,8 @@ def test_delta_is_added_to_once_for_each_input(
     assert counted["len"].to_list() == [3] * 5 + [2] * (ROWS - 5)
     score(batch_home, packages[0], source, tmp_path / "out", output_format="delta")
     assert len(pl.read_delta(str(tmp_path / "out"))) == ROWS + 5, "without append it is replaced"
+    score(batch_home, packages[0], source, tmp_path / "out", **how)
+    assert len(pl.read_delta(str(tmp_path / "out"))) == 2 * (ROWS + 5), "what was added is gone"
 
 
 @pytest.mark.usefixtures("here")
@@ -364,6 +367,25 @@ def test_a_death_while_the_output_is_put_in_place_neither_loses_nor_doubles(
     }[kind]()
     assert sorted(found["number"].cast(pl.Int64).to_list()) == list(range(ROWS))
     assert left_over(tmp_path) == []
+
+
+@pytest.mark.usefixtures("here")
+def test_one_run_puts_its_rows_there_once(
+    batch_home: Home, packages: list[Path], tmp_path: Path
+) -> None:
+    """The process may die after the last of its work, and the run is resumed."""
+    source = place(visits(ROWS), tmp_path / "in")
+    how = {"log": True, "run": "monday"}
+    first, again = (
+        score(batch_home, packages[0], source, tmp_path / "out", **how) for _ in range(2)
+    )
+    assert (first.was_there, again.was_there) == (False, True)
+    logged = read_predictions(batch_home.predictions("shop"))
+    assert logged.num_rows == ROWS
+    assert set(logged["route"].to_pylist()) == {"batch"}
+    scored = pq.read_table(tmp_path / "out")
+    told = dict(zip(logged["id"].to_pylist(), logged["score"].to_pylist(), strict=True))
+    assert [told[f"{first.job}-{row}"] for row in range(ROWS)] == scored["score"].to_pylist()
 
 
 @pytest.mark.usefixtures("here")

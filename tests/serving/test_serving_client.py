@@ -206,6 +206,22 @@ def test_the_first_answer_counts_when_the_hedge_fails(server: Server, ask: Ask) 
     assert len(server.requests) == 2
 
 
+def test_a_refusal_for_now_does_not_beat_an_answer(server: Server, ask: Ask) -> None:
+    async def refuse(*args: Any) -> None:
+        await server.together.wait()
+        await later(503)(*args)
+
+    async def come_last(*args: Any) -> None:
+        server.together.set()
+        await asyncio.sleep(0.05)
+        await misbehaving.answer(*args)
+
+    server.script = [refuse, come_last]
+    found = ask("predict", ROWS, hedging=Hedging(after_s=0.01), retries=None)
+    assert found.scores == [0.5, 0.5]
+    assert len(server.requests) == 2
+
+
 def test_both_fail_and_it_is_tried_again(server: Server, ask: Ask) -> None:
     server.script = [together(2), together(2)]
 

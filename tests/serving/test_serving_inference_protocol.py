@@ -308,6 +308,14 @@ def test_lengths_of_texts_that_lie_are_refused(data: bytes) -> None:
     assert (caught.value.status, caught.value.field) == (422, "x")
 
 
+@pytest.mark.parametrize(("datatype", "size"), [("INT32", 4), ("FP64", 8), ("BOOL", 1)])
+def test_sizes_of_numbers_that_lie_are_refused(datatype: str, size: int) -> None:
+    for count in (0, 2 * size - 1, 2 * size + 1, 3 * size):
+        with pytest.raises(RequestError) as caught:
+            tensors.from_raw("x", datatype, [2], bytes(count))
+        assert (caught.value.status, caught.value.field) == (422, "x")
+
+
 def test_texts_must_be_utf8() -> None:
     arrays = {**ARRAYS, "origin": np.array([b"ok", b"\xff"], dtype=object)}
     assert refused(*written(arrays)) == (422, "origin", 1)

@@ -67,12 +67,12 @@ def test_the_answering_alias_may_have_a_weight_of_its_own(packages, single):
 
 
 def test_functions_go_around_every_model_in_their_order(packages, single):
-    before = (f"{HERE}.doubled", f"{HERE}.added")
+    before = (f"{HERE}.added", f"{HERE}.doubled")
     after = (f"{HERE}.halved", f"{HERE}.raised_by_amount")
     models = load(packages, Graph(before=before, after=after))
     columns = rows()
     given = {name: values.copy() for name, values in columns.items()}
-    changed = columns | {"amount": columns["amount"] * 2 + 1}
+    changed = columns | {"amount": (columns["amount"] + 1) * 2}
     for model, predictor in zip(models.all, single, strict=True):
         wanted = predictor.predict(changed) / 2
         wanted[changed["amount"] > 100] = 1.0

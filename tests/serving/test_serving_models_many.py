@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Loader(ModelLoader):
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         self.gate.wait(10)
+        time.sleep(0.01)
         self.at_once -= 1
         path = served.answer.path
         self.loads[path] += 1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from serving import shop
-from serving.test_serving_request import INPUTS, as_list, bodies, outcome, some_rows
+from serving.test_serving_request import INPUTS, ROW, as_list, bodies, outcome, some_rows
 
 from mlops_ray.config.features import RequestField
 from mlops_ray.config.serving import Security, Serving
@@ -100,7 +100,9 @@ def test_tokens_are_asked_for_where_they_are_needed() -> None:
     needed = {op["operationId"]: op.get("security") for _, _, op in operations(secure)}
     assert needed["predict"] == needed["infer"] == [{"token": ["predict"]}]
     assert needed["feedback"] == [{"token": ["feedback"]}]
+    assert needed["modelReady"] == needed["model"] == [{"token": ["metadata"]}]
     assert needed["alive"] is None
+    assert needed["serverReady"] is None
     assert needed["document"] is None
     for _, _, operation in operations(secure):
         assert ("401" in operation["responses"]) == ("security" in operation)
@@ -148,6 +150,23 @@ def test_the_schema_takes_what_the_document_says(rows: list[dict[str, Any]]) -> 
 @given(bodies)
 def test_the_schema_takes_what_the_document_says_of_anything(body: bytes) -> None:
     agree(body)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"rows": [{**ROW, "x": 1}]},
+        {"rows": [ROW], "x": 1},
+        {"rows": [ROW], "columns": {name: [ROW[name]] for name in ROW}},
+        {"columns": {**{name: [ROW[name]] for name in ROW}, "x": [1]}},
+        {"rows": [{**ROW, "tail": None, "origin": None}]},
+        {"rows": [{name: ROW[name] for name in ROW if name != "at"}]},
+        {"rows": []},
+    ],
+)
+def test_both_refuse(content: Any) -> None:
+    assert isinstance(outcome(lambda: SCHEMA.parse(orjson.dumps(content))), RequestError)
+    assert not PREDICT.is_valid(content)
 
 
 @pytest.mark.parametrize("versions", [None, [3, 4]])

@@ -218,3 +218,18 @@ def test_the_document_is_served_as_it_is(door: Door) -> None:
     status, _, content = door.send("GET", "/openapi.json", b"", {})
     assert status == 200
     assert orjson.loads(content) == orjson.loads(orjson.dumps(DOCUMENT))
+
+
+def test_without_a_model_it_says_so_as_documented(
+    shop_home: Home, packages: list[Path], tmp_path: Path
+) -> None:
+    local = open_local(shop_home, packages, Home(tmp_path), SERVING)
+    row = {"inputs": []}
+    calls = [("GET", "/readyz", b""), ("GET", "/v2/health/ready", b"")]
+    calls += [("POST", PREDICT, SOUND["application/json"]), ("POST", INFER, orjson.dumps(row))]
+    with asyncio.Runner() as runner:
+        for method, path, body in calls:
+            status, _, content = runner.run(local.send(method, path, body))
+            declared = DOCUMENT["paths"][path][method.lower()]["responses"]
+            assert str(status) in declared
+            assert status == (422 if path == INFER else 503), content

@@ -36,13 +36,15 @@ def from_texts(
 
 def from_objects(values: Sequence[Any], kind: pa.DataType) -> tuple[pa.Array, Flaws]:
     """Return what JSON's values are as a type; null where one has a flaw."""
-    try:
-        if kind == INSTANT:
-            return _cast(pa.array(values, pa.string()), kind), {}
-        if not (_is_number(kind) and any(type(value) is bool for value in values)):
+    # Arrow itself would take true for 1 and 1.5 for 1.
+    fitting = {str} if kind == INSTANT else set(_FITTING.get(kind, ()))
+    if not fitting or set(map(type, values)) <= fitting | {type(None)}:
+        try:
+            if kind == INSTANT:
+                return _cast(pa.array(values, pa.string()), kind), {}
             return pa.array(values, kind), {}
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        pass
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            pass
     return _one_by_one(values, kind, _accept, {})
 
 
@@ -112,18 +114,23 @@ def _parse(text: str, kind: pa.DataType) -> Any:
 def _accept(value: Any, kind: pa.DataType) -> Any:
     if kind == INSTANT and type(value) is str:
         return _parse(value, kind)
+    if kind not in _FITTING:
+        return _other(value, kind)
     if type(value) in _FITTING[kind] and (kind != pa.int64() or -(2**63) <= value < 2**63):
         return value
     raise ValueError(f"must be {_NAMES[kind]}, not {_shown(value)}")
 
 
+def _other(value: Any, kind: pa.DataType) -> Any:
+    try:
+        return pa.scalar(value, kind).as_py()
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        raise ValueError(f"must be {kind} as in the first rows, not {_shown(value)}") from None
+
+
 def _instant(text: str) -> datetime:
     moment = datetime.fromisoformat(text)
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _shown(value: Any) -> str:

@@ -28,6 +28,7 @@ class SqlOutput:
 
     kind = "parquet"
     headers = True
+    epoch = 0
 
     def __init__(self, url: str, table: str, append: bool, folder: Path) -> None:
         self._url = url
@@ -80,7 +81,10 @@ class SqlOutput:
         table = sa.Table(self._table, sa.MetaData(), *_sql_columns(schema))
         with self._engine() as engine, engine.begin() as connection:
             # First of all: from here on SQLite's driver has a transaction open, around DDL too.
-            connection.execute(self._jobs().insert(), {"job": job})
+            jobs = self._jobs()
+            if not self._append:
+                connection.execute(jobs.delete().where(jobs.c.table == self._table))
+            connection.execute(jobs.insert(), {"job": job, "table": self._table})
             there = self._columns(sa.inspect(connection))
             if not self._append and there == set(schema.names):
                 connection.execute(table.delete())
@@ -100,7 +104,12 @@ class SqlOutput:
     def _jobs(self) -> Any:
         import sqlalchemy as sa
 
-        return sa.Table(JOBS, sa.MetaData(), sa.Column("job", sa.String(64), primary_key=True))
+        return sa.Table(
+            JOBS,
+            sa.MetaData(),
+            sa.Column("job", sa.String(64), primary_key=True),
+            sa.Column("table", sa.Text()),
+        )
 
     def _engine(self) -> Any:
         from contextlib import contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mlops_ray.metadata.files import sync, write_whole
 from mlops_ray.metadata.profile import Profile
 from mlops_ray.serving.batch.pieces import Piece
 from mlops_ray.serving.batch.writers import SUFFIXES
+
+_GONE = "gone-"
 
 
 class Job(Frozen):
@@ -138,7 +141,17 @@ def only(work: Path, kept: set[str]) -> None:
     if work.is_dir():
         for other in work.iterdir():
             if other.name not in kept:
-                shutil.rmtree(other, ignore_errors=True)
+                discard(other)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that it is there as it was, or not at all, whenever this is interrupted."""
+    gone = folder.with_name(f"{_GONE}{uuid.uuid4().hex}")
+    try:
+        folder.rename(gone)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager

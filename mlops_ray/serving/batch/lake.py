@@ -15,6 +15,7 @@ from mlops_ray.features.columns import INSTANT
 from mlops_ray.metadata.files import sync
 from mlops_ray.serving.batch.outputs import beside, part_files
 
+_REPLACED = "mlops-ray-batch-replaced"
 _WIDER = {
     pa.uint8(): pa.int16(),
     pa.uint16(): pa.int32(),
@@ -57,6 +58,12 @@ class DeltaOutput:
             )
         return schema
 
+    @property
+    def epoch(self) -> int:
+        """How often the content has been replaced by a batch."""
+        table = self._open()
+        return int((table and table.transaction_version(_REPLACED)) or 0)
+
     def holds(self, job: str) -> bool:
         """Say whether the table has the job's commit."""
         table = self._open()
@@ -79,7 +86,10 @@ class DeltaOutput:
             part.rename(self._path / f"{job}-{part.name}")
         sync(self._path)
         actions = [_add(file) for file in sorted(self._path.glob(f"{job}-part-*.parquet"))]
-        properties = CommitProperties(app_transactions=[Transaction(_application(job), 1)])
+        transactions = [Transaction(_application(job), 1)]
+        if not self._append:
+            transactions.append(Transaction(_REPLACED, self.epoch + 1))
+        properties = CommitProperties(app_transactions=transactions)
         table, columns = self._open(), Schema.from_arrow(schema)
         mode: Any = "append" if self._append else "overwrite"
         try:

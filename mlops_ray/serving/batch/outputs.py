@@ -36,6 +36,11 @@ class Output(Protocol):
     def rejected(self) -> Path:
         """The file for refused rows."""
 
+    @property
+    def epoch(self) -> int:
+        """How often the content has been replaced, where that is known: what had been added before is
+        not there any more."""
+
     def check(self, schema: pa.Schema) -> pa.Schema:
         """Return the types in which rows of a schema are to be written.
 
@@ -54,6 +59,7 @@ class FolderOutput:
     """A folder of Parquet, CSV or JSON lines, one file for each piece."""
 
     headers = True
+    epoch = 0
 
     def __init__(self, path: Path, kind: str) -> None:
         self.kind = kind
@@ -87,6 +93,7 @@ class FileOutput:
     """One file of CSV or JSON lines."""
 
     headers = False
+    epoch = 0
 
     def __init__(self, path: Path, kind: str) -> None:
         self.kind = kind

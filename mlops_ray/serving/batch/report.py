@@ -31,7 +31,7 @@ class BatchResult(Frozen):
     ``psi`` compares the features of ``profiled_rows``, taken evenly from all, with those that the
     model was trained on. ``feature_versions`` are those of the views' offline tables.
     ``resumed_pieces`` were finished by an earlier call that was interrupted. With ``was_there`` an
-    earlier call had added all rows already.
+    earlier call had put all rows there already.
     """
 
     job: str

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +34,16 @@ from mlops_ray.metadata.package import Package
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.orchestration.context import Context
 from mlops_ray.serving.batch.duplicates import repeated_rows
-from mlops_ray.serving.batch.folder import Done, Job, JobFolder, exclusive, only
+from mlops_ray.serving.batch.folder import Done, Job, JobFolder, discard, exclusive, only
 from mlops_ray.serving.batch.inputs import Input, open_input
-from mlops_ray.serving.batch.outputs import Output, job_home, open_output
+from mlops_ray.serving.batch.outputs import Output, job_home, open_output, part_files
 from mlops_ray.serving.batch.pool import run_pieces
 from mlops_ray.serving.batch.report import BatchResult, summarise, write_rejected
-from mlops_ray.serving.batch.worker import PROFILED_ROWS, ScoringPlan, output_schema
+from mlops_ray.serving.batch.worker import PROFILED_ROWS, Member, ScoringPlan, output_schema
 from mlops_ray.serving.log.pieces import publish_piece
 
 _LETTERS = 16
+_NO_RUN = Context.run_id
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Batch:
     serving: Serving
     settings: BatchPredict
     model: ModelVersion
+    members: tuple[Member, ...]
     package: Package
     home: Path
 
@@ -71,6 +73,8 @@ class Batch:
             "model": self.package.digest,
             "version": self.model.version,
             "features": self.features.model_dump(mode="json"),
+            "graph": self.serving.graph.model_dump(mode="json"),
+            "members": [(packages.digest(m.package), weight) for m, weight in self.members],
             "threshold": self.serving.threshold,
             "log": self.serving.log.model_dump(mode="json") if self.settings.log else None,
             "batch": self.settings.model_dump(mode="json", exclude=ignored),
@@ -84,12 +88,14 @@ def score_batch(
     serving: Serving,
     model: ModelVersion,
     settings: BatchPredict,
+    members: Sequence[Member] = (),
 ) -> BatchResult:
     """Score ``settings.input`` with a model and put the rows, whole or not at all, in the output.
 
     The output has the input's rows in their order and its columns, followed by ``score`` (float64),
     ``predicted_label`` (int8) and ``model_version`` (int64). Where a call of the same batch was
-    interrupted, this one goes on with its finished pieces and its versions of the features.
+    interrupted, this one goes on with its finished pieces and its versions of the features. The
+    functions of ``serving.graph`` are applied; ``members`` are its further models.
 
     Raises:
         SourceError: There is no input, or it cannot be read.
@@ -99,7 +105,7 @@ def score_batch(
     """
     home = job_home(settings, context.home)
     read = packages.read(model.package)
-    batch = Batch(context, project, features, serving, settings, model, read, home)
+    batch = Batch(context, project, features, serving, settings, model, tuple(members), read, home)
     with exclusive(home / "lock", settings.output):
         return _score(batch)
 
@@ -116,8 +122,8 @@ def _score(batch: Batch) -> BatchResult:
     only(output.work, {identity})
     only(folder.log.parent, {identity})
     if not folder.report.is_file():
-        job = _job(batch, source, folder, identity)
-        if settings.append and output.holds(job.id):
+        job = _job(batch, source, folder, identity, output.epoch)
+        if _finished(batch, job.id).is_file() or output.holds(job.id):
             return _was_there(batch, job)
         plan = ScoringPlan(
             features=batch.features,
@@ -125,6 +131,8 @@ def _score(batch: Batch) -> BatchResult:
             offline=batch.context.home.offline(batch.project),
             versions=job.feature_versions,
             model=batch.model,
+            graph=batch.serving.graph,
+            members=batch.members,
             threshold=batch.serving.threshold,
             batch=settings,
             reader=source.reader,
@@ -144,15 +152,20 @@ def _score(batch: Batch) -> BatchResult:
     return result
 
 
-def _job(batch: Batch, source: Input, folder: JobFolder, identity: str) -> Job:
-    """Return the job that was begun and is not finished, or a new one."""
+def _job(batch: Batch, source: Input, folder: JobFolder, identity: str, epoch: int) -> Job:
+    """Return the job that was begun and is not finished, or a new one.
+
+    What is added to an output has the same id whoever adds it; what replaces it may do so again, but
+    in one run of a workflow it does so once.
+    """
     if folder.job.is_file():
         return Job.model_validate_json(folder.job.read_bytes())
     store = OfflineStore(batch.context.home.offline(batch.project), batch.features)
     versions = {view: store.version(view) for view in batch.service.views}
-    # What is added to a place must be known again there; what replaces it may do so once more.
-    once = "" if batch.settings.append else uuid.uuid4().hex
-    digest = digest_json([identity, versions, once])[:_LETTERS]
+    run, step = batch.context.run_id, batch.context.step
+    replacing = uuid.uuid4().hex if run == _NO_RUN else [run, step, batch.context.item]
+    once = [versions, epoch] if batch.settings.append else replacing
+    digest = digest_json([identity, once])[:_LETTERS]
     return Job(id=digest, pieces=source.pieces, feature_versions=versions)
 
 
@@ -173,8 +186,15 @@ def _finish_pieces(batch: Batch, job: Job, plan: ScoringPlan, rejected: Path) ->
                 _watch(batch, job, finished)
     except DataError:
         write_rejected(folder, finished.values(), rejected)
-        shutil.rmtree(folder.root, ignore_errors=True)
+        discard(folder.root)
         raise
+    if len(part_files(folder.parts)) != len(job.pieces):
+        raise ServingError(
+            "parts of the output are missing",
+            where=str(folder.parts),
+            why="somebody has removed them",
+            fix="remove the folder and run the batch again",
+        )
     return summarise(
         job,
         batch.model,
@@ -224,14 +244,17 @@ def _settle(
         predictions = batch.context.home.predictions(batch.project)
         for number in range(result.pieces):
             publish_piece(folder.logged(number), predictions, result.job, number)
-    if batch.settings.append:
-        write_whole(_told(batch, result.job), result.model_dump_json().encode())
+    finished = _finished(batch, result.job)
+    if not batch.settings.append:
+        shutil.rmtree(finished.parent, ignore_errors=True)
+    write_whole(finished, result.model_dump_json().encode())
+    discard(folder.root)
     shutil.rmtree(folder.log, ignore_errors=True)
     shutil.rmtree(output.work, ignore_errors=True)
 
 
 def _was_there(batch: Batch, job: Job) -> BatchResult:
-    told = _told(batch, job.id)
+    told = _finished(batch, job.id)
     if not told.is_file():
         raise ServingError(
             "these rows have been added to the output before, from another home",
@@ -242,8 +265,10 @@ def _was_there(batch: Batch, job: Job) -> BatchResult:
     return result.model_copy(update={"was_there": True})
 
 
-def _told(batch: Batch, job: str) -> Path:
-    return batch.home / "added" / f"{job}.json"
+def _finished(batch: Batch, job: str) -> Path:
+    """Return the file that tells of a finished job; of those that replaced others, the last is kept."""
+    kind = "added" if batch.settings.append else "replaced"
+    return batch.home / kind / f"{job}.json"
 
 
 def _rejected(batch: Batch, output: Output) -> Path:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlops_ray.config.batch import BatchPredict
 from mlops_ray.config.features import Features
-from mlops_ray.config.serving import PredictionLog
+from mlops_ray.config.serving import Graph, PredictionLog
 from mlops_ray.errors import SchemaError, ServingError
 from mlops_ray.features.join import HeldView, join_view
 from mlops_ray.features.offline import OfflineStore
@@ -33,7 +33,9 @@ from mlops_ray.serving.batch.pieces import Chunk, Piece, Refused, refused_table
 from mlops_ray.serving.batch.writers import WRITERS, RowWriter
 from mlops_ray.serving.log.encoding import Answered
 from mlops_ray.serving.log.pieces import write_piece
+from mlops_ray.serving.models.graph import GraphFunctions, GraphScorer
 from mlops_ray.serving.models.loading import LoadedModel
+from mlops_ray.serving.models.scorer import Scorer
 from mlops_ray.serving.models.served import ModelSpec
 
 SCORE, LABEL, VERSION = "score", "predicted_label", "model_version"
@@ -51,19 +53,29 @@ _HELD_ROWS = 2_000_000
 _JOINED_ROWS = 262_144
 
 Columns = dict[str, NDArray[Any]]
+Member = tuple[ModelVersion, float]
+"""A further model of the serving graph, and its weight; that of the model itself is 1."""
 
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """All that a worker needs. ``schema`` is that of the output; ``headers``: whether each part of CSV
-    has one; ``stride``: of how many rows one is counted for drift; ``log``: how the prediction log in
-    ``predictions`` is kept, None where it is not to have the rows."""
+    """All that a worker needs.
+
+    Args:
+        members: Further models that answer together with the model.
+        schema: That of the output.
+        headers: Whether each part of CSV has one.
+        stride: Of how many rows one is counted for drift.
+        log: How the prediction log in ``predictions`` is kept; None where it is not to have the rows.
+    """
 
     features: Features
     service: str
     offline: Path
     versions: Mapping[str, int]
     model: ModelVersion
+    graph: Graph
+    members: tuple[Member, ...]
     threshold: float
     batch: BatchPredict
     reader: Reader
@@ -147,8 +159,11 @@ class PieceScorer:
         self._checker = RowChecker(self._service.inputs, plan.batch.id, repeated)
         read = package.read(plan.model.package)
         spec = ModelSpec(alias=ROUTE, version=plan.model.version, path=plan.model.package)
+        scorers: list[tuple[Scorer, float]] = [(Predictor(read), 1.0)]
+        scorers += [(Predictor(package.read(m.package)), weight) for m, weight in plan.members]
+        scorer = GraphScorer(GraphFunctions(plan.graph), scorers)
         reference, features = read.reference, read.manifest.encoder.features
-        self._model = LoadedModel(spec, Predictor(read), reference, reference.digest, features)
+        self._model = LoadedModel(spec, scorer, reference, reference.digest, features)
 
     def __call__(self, pieces: pa.Table) -> pa.Table:
         """Score the pieces that a table's column ``piece`` holds as JSON; return what came of them.

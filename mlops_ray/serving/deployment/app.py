@@ -66,6 +66,10 @@ class Replica(InferenceMethods):
         """Serve the models of ``user_config``."""
         await self._endpoint.reconfigure(user_config)
 
+    async def check_health(self) -> None:
+        """Raise where Serve should put another replica in this one's place."""
+        self._endpoint.check()
+
     async def flush(self) -> int:
         """Write and send the prediction log."""
         return await self._endpoint.flush()

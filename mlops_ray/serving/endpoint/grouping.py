@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -63,10 +64,14 @@ def predict(groups: Sequence[Group], columns: Columns, rows: int) -> Scores:
     Raises:
         ServingError: A score is no number.
     """
-    scores = np.empty(rows)
+    scores = np.empty(rows) if len(groups) > 1 else _NOTHING
     for group in groups:
         began_s = time.perf_counter()
-        scores[places(group.rows)] = group.model.scorer.predict(taken(columns, group.rows))
+        found = group.model.scorer.predict(taken(columns, group.rows))
+        if group.rows is None:
+            scores = found
+        else:
+            scores[group.rows] = found
         group.seconds = time.perf_counter() - began_s
     check_scores(groups, scores)
     return scores
@@ -74,7 +79,8 @@ def predict(groups: Sequence[Group], columns: Columns, rows: int) -> Scores:
 
 def check_scores(groups: Sequence[Group], scores: Scores) -> None:
     """Raise ServingError where a score is no number."""
-    if not np.isfinite(scores).all():
+    # A sum is no number where one of its terms is none, and quicker than asking each.
+    if not math.isfinite(scores.sum()):
         versions = ", ".join(str(group.model.spec.version) for group in groups)
         raise ServingError(f"version {versions} gave a score that is no number")
 

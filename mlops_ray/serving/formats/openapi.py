@@ -45,6 +45,12 @@ _HEADERS = {
     "429": {"Retry-After": {"schema": {"type": "integer", "minimum": 0}}},
     "503": {"Retry-After": {"schema": {"type": "integer", "minimum": 0}}},
 }
+_NOT_READY = {
+    "503": {
+        "description": "Not yet.",
+        "content": {_JSON: {"schema": {"anyOf": [ref("Health"), ref("ProtocolError")]}}},
+    }
+}
 _PARTS = {
     "name": {"type": "string"},
     "version": {"type": "integer", "minimum": 0, "maximum": 10**15 - 1},
@@ -130,9 +136,7 @@ class _Paths:
         for place, suffix in (("", ""), ("/versions/{version}", "OfVersion")):
             paths |= {
                 f"{base}{place}": {"get": self._v2(f"model{suffix}", "A model.", "Model")},
-                f"{base}{place}/ready": {
-                    "get": self._v2_health(f"modelReady{suffix}", "The model can answer.")
-                },
+                f"{base}{place}/ready": {"get": self._model_ready(f"modelReady{suffix}")},
                 f"{base}{place}/infer": {"post": self._infer(f"infer{suffix}")},
             }
         health = {
@@ -182,8 +186,13 @@ class _Paths:
         return self._guard(name, "metadata", summary, _answers(answer), errors="Protocol")
 
     def _v2_health(self, name: str, summary: str) -> Json:
-        answers = {**_answers("Health"), **_refusals(_MISTAKES, "Protocol")}
+        answers = {**_answers("Health"), **_refusals(_MISTAKES, "Protocol"), **_NOT_READY}
         return {"operationId": name, "summary": summary, "responses": answers}
+
+    def _model_ready(self, name: str) -> Json:
+        operation = self._v2(name, "The model can answer.", "Health")
+        operation["responses"] |= _NOT_READY
+        return operation
 
     def _open(self, name: str, summary: str, answer: str) -> Json:
         answers = {**_answers(answer), **_refusals(_MISTAKES)}

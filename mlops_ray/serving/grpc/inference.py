@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -87,10 +88,8 @@ class Inference:
         return _message("ServerReadyResponse", ready=self._endpoint.ready)
 
     async def _server_metadata(self, body: bytes, metadata: Metadata) -> bytes:
-        from mlops_ray import __version__
-
         self._endpoint.guard.check(_authorization(metadata), "metadata")
-        return _message("ServerMetadataResponse", **server_metadata(__version__))
+        return _message("ServerMetadataResponse", **server_metadata(package_version("mlops-ray")))
 
     async def _model_ready(self, body: bytes, metadata: Metadata) -> bytes:
         message = content.parse("ModelReadyRequest", body)
