@@ -65,11 +65,6 @@ class Worker:
             env=variables | dict(environment or {}),
         )
 
-    @property
-    def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
-
     def __call__(self, *request: Any) -> Any:
         """Send a request; return the answer."""
         assert self._process.stdin is not None

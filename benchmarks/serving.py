@@ -43,13 +43,14 @@ class Size:
 
     entities: int = 4_000
     cases: tuple[tuple[int, int], ...] = ((1, 1), (16, 1), (64, 1), (1, 32), (16, 32), (64, 32))
+    warm_ups: int = 1
     repeats: int = REPEATS
     duration_s: int = 2
     changes: int = REPEATS
     block_s: float = 4.0
 
 
-QUICK = Size(entities=500, cases=((1, 1), (16, 1)), repeats=1, duration_s=1, changes=1, block_s=2.0)
+QUICK = Size(500, ((1, 1), (16, 1)), 0, 1, duration_s=1, changes=1, block_s=2.0)
 
 
 @dataclass
@@ -126,8 +127,8 @@ def _measure(servers: Servers, world: World, size: Size) -> list[Case]:
     cases = []
     for connections, rows in size.cases:
         case = Case(connections, rows, {target.name: [] for target in targets})
-        for turn in range(-1, size.repeats):
-            # The first round warms up. In each, another server begins.
+        for turn in range(-size.warm_ups, size.repeats):
+            # In each round, another server begins.
             duration_s = 1 if turn < 0 else size.duration_s
             first = turn % len(targets)
             for target in targets[first:] + targets[:first]:
@@ -229,9 +230,9 @@ def _change(servers: Servers, world: World, size: Size) -> list[dict[str, Any]]:
                 began_s = time.monotonic()
                 if what == "swap":
                     servers.ray("swap", champion)
-                    _check_champion(ours, bodies, champion)
                 time.sleep(max(0.0, began_s + size.block_s - time.monotonic()))
                 blocks[what].append((began_s, time.monotonic()))
+            _check_champion(ours, bodies, champion)
         began_s = time.monotonic()
         servers.ray("restart")
         time.sleep(SETTLING_S)

@@ -245,8 +245,9 @@ def _how_served(found: Ingress) -> Iterator[Finding]:
             "Serve was started by something else: its mode, TLS and gRPC cannot be changed now",
             "end it (`serve shutdown`) and let `workflow=deploy` start it",
         )
-    for name, port in (found.ports or {}).items():
-        yield Finding("serving", "ok", f"port {port}: {name.replace('_', ' ')}")
+    if found.ports:
+        ports = ", ".join(f"{name.replace('_', ' ')} {port}" for name, port in found.ports.items())
+        yield Finding("serving", "ok", f"further ports: {ports}")
     grpc = f"gRPC on port {found.grpc_port}" if found.grpc_port else "no gRPC"
     if found.tls or found.host in _LOOPBACK:
         yield Finding("serving", "ok", f"{'TLS' if found.tls else 'no TLS, loopback only'}; {grpc}")

@@ -61,6 +61,7 @@ def test_a_sound_machine_has_nothing_to_mend(tmp_path: Path) -> None:
         "memory",
         "disk",
         "ingress",
+        "serving",
         "address",
     ]
     machine = {"memory", "disk"}

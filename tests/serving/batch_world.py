@@ -65,11 +65,12 @@ def visits(rows: int) -> pa.Table:
 def score(home: Home, folder: Path, source: Any, output: Any, **more: Any) -> BatchResult:
     """Score with the package in ``folder`` as version 1."""
     features = more.pop("features", None) or shop.features()
+    serving, members = more.pop("serving", Serving()), more.pop("members", ())
     context = Context("shop", home, run_id=more.pop("run", Context.run_id))
     model = ModelVersion(name="shop", version=1, package=str(folder), digest="")
     settings = {"model": "shop@1", "input": source, "output": output, "batch_rows": 7} | more
     batch = BatchPredict.model_validate(settings)
-    return score_batch(context, "shop", features, Serving(), model, batch)
+    return score_batch(context, "shop", features, serving, model, batch, members)
 
 
 def broken_facts(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from serving import batch_world, shop
 from serving.batch_world import by_hand, fill_offline, inline, score, visits
 
 from mlops_ray.config.features import Features
+from mlops_ray.config.serving import Graph, Serving
 from mlops_ray.errors import DataError, MlopsRayError, SchemaError, ServingError, SourceError
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.package import read
 from mlops_ray.metadata.prediction_log.reading import read_predictions
 from mlops_ray.metadata.stability import psi
-from mlops_ray.serving.batch import scoring
+from mlops_ray.metadata.types import ModelVersion
+from mlops_ray.serving.batch import scoring, worker
 from mlops_ray.serving.batch.worker import PieceScorer
 
 ROWS = 60
@@ -288,9 +290,16 @@ def test_too_many_rejected_rows_leave_the_old_output(
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("held_rows", [0, 100])
 def test_an_interrupted_batch_goes_on_and_another_one_begins_anew(
-    batch_home: Home, packages: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch_home: Home,
+    packages: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    held_rows: int,
 ) -> None:
+    """With the views in memory or read as they are needed."""
+    monkeypatch.setattr(worker, "_HELD_ROWS", held_rows)
     table = visits(ROWS)
     source, output = place(table, tmp_path / "in"), tmp_path / "out"
     begun: list[int] = []
@@ -307,7 +316,7 @@ def test_an_interrupted_batch_goes_on_and_another_one_begins_anew(
         score(batch_home, packages[0], source, output, piece_rows=10)
     assert not output.exists()
     # Features that come in meanwhile are not for this batch.
-    at = shop.NOW.replace(hour=11)
+    at = shop.NOW.replace(hour=11, minute=30)
     fields = {n: [99.0] for n in ("visits_1d", "visits_7d", "mean_1d", "mean_7d")}
     store = batch_world.OfflineStore(batch_home.offline("shop"), shop.features())
     store.append("shop_day", late_row(at, fields), batch_world.to_us(at) + 1)
@@ -386,6 +395,32 @@ def test_one_run_puts_its_rows_there_once(
     scored = pq.read_table(tmp_path / "out")
     told = dict(zip(logged["id"].to_pylist(), logged["score"].to_pylist(), strict=True))
     assert [told[f"{first.job}-{row}"] for row in range(ROWS)] == scored["score"].to_pylist()
+
+
+def halved(scores: Any, columns: Any) -> Any:
+    return scores / 2
+
+
+@pytest.mark.usefixtures("here")
+def test_the_serving_graph_is_applied_as_online(
+    batch_home: Home, packages: list[Path], tmp_path: Path
+) -> None:
+    """The model and one that weighs three times as much; then a function."""
+    table = visits(ROWS)
+    pq.write_table(table, tmp_path / "in.parquet")
+    graph = Graph(after=("serving.test_serving_batch.halved",), members={"first": 3.0})
+    other = ModelVersion(name="shop", version=2, package=str(packages[1]), digest="")
+    score(
+        batch_home,
+        packages[0],
+        tmp_path / "in.parquet",
+        tmp_path / "out",
+        serving=Serving(graph=graph),
+        members=[(other, 3.0)],
+    )
+    scores = [by_hand(table, package) for package in packages[:2]]
+    found = pq.read_table(tmp_path / "out")["score"].to_numpy()
+    np.testing.assert_allclose(found, (scores[0] + 3 * scores[1]) / 8, atol=1e-6)
 
 
 @pytest.mark.usefixtures("here")

@@ -38,36 +38,40 @@ def no_break(text: str) -> str:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    rows=st.lists(st.tuples(cells, cells), min_size=1, max_size=25),
+    rows=st.lists(
+        st.tuples(cells, cells) | st.tuples(cells, cells, cells), min_size=1, max_size=25
+    ),
     piece_rows=st.integers(1, 9),
     block=st.integers(1, 40),
     ending=st.sampled_from(["\n", "\r\n"]),
 )
 def test_csv_read_in_pieces_is_what_the_standard_library_reads(
     tmp_path_factory: pytest.TempPathFactory,
-    rows: list[tuple[str, str]],
+    rows: list[tuple[str, ...]],
     piece_rows: int,
     block: int,
     ending: str,
 ) -> None:
     file = tmp_path_factory.mktemp("csv") / "in.csv"
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator=ending).writerows([(no_break(a), no_break(b)) for a, b in rows])
+    csv.writer(text, lineterminator=ending).writerows([map(no_break, row) for row in rows])
     file.write_bytes(text.getvalue().encode())
     expected = list(csv.reader(io.StringIO(text.getvalue(), newline="")))
     with pytest.MonkeyPatch.context() as patch, LOCAL.open_input_file(str(file)) as opened:
         patch.setattr(records, "_BLOCK_BYTES", block)
         found = spans(opened, 0, piece_rows, quoted=True)
     reader = CsvReader(LOCAL, pa.schema([("a", pa.binary()), ("b", pa.binary())]))
-    read, places = [], []
+    read: dict[int, list[str]] = {}
+    refused: list[int] = []
     for number, span in enumerate(found):
         piece = Piece(number=number, first=span.start, rows=span.records, file=str(file),
                       offset=span.offset, length=span.length)  # fmt: skip
         for chunk in reader.read(piece, 4):
-            read += [[r["a"].decode(), r["b"].decode()] for r in chunk.table.to_pylist()]
-            places += chunk.rows.tolist()
-    assert read == expected
-    assert places == list(range(len(expected)))
+            values = [[r["a"].decode(), r["b"].decode()] for r in chunk.table.to_pylist()]
+            read |= dict(zip(chunk.rows.tolist(), values, strict=True))
+            refused += [row.row for row in chunk.refused]
+    assert read == {place: row for place, row in enumerate(expected) if len(row) == 2}
+    assert sorted(refused) == [place for place, row in enumerate(expected) if len(row) == 3]
     assert all(span.records <= piece_rows for span in found)
 
 

@@ -42,28 +42,6 @@ def alone(timeout_s: float = TURN_TIMEOUT_S) -> Iterator[None]:
         ray.kill(turn)
 
 
-class _Turn:
-    """What holds the name."""
-
-
-def _take_turn(timeout_s: float) -> Any:
-    import ray
-
-    made: Any = ray.remote(_Turn)
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            return made.options(name=_TURN, namespace=_NAMESPACE, num_cpus=0).remote()
-        except ValueError as error:
-            if time.monotonic() > deadline_s:
-                raise ServingError(
-                    "another process is deploying on this cluster, and does not come to an end",
-                    why=f"it has had its turn for {timeout_s:g} s",
-                    fix="end it, or wait",
-                ) from error
-        time.sleep(POLL_S)
-
-
 def details() -> Config:
     """Return what Serve says of itself and its applications."""
     found: Config = _request(lambda client: client.get_serve_details())
@@ -130,6 +108,28 @@ def failed(what: str, state: Config) -> ServingError:
         why=root_cause(text),
         fix="see serve/ among the logs of Ray's session for more",
     )
+
+
+class _Turn:
+    """What holds the name."""
+
+
+def _take_turn(timeout_s: float) -> Any:
+    import ray
+
+    made: Any = ray.remote(_Turn)
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return made.options(name=_TURN, namespace=_NAMESPACE, num_cpus=0).remote()
+        except ValueError as error:
+            if time.monotonic() > deadline_s:
+                raise ServingError(
+                    "another process is deploying on this cluster, and does not come to an end",
+                    why=f"it has had its turn for {timeout_s:g} s",
+                    fix="end it, or wait",
+                ) from error
+        time.sleep(POLL_S)
 
 
 def _request(call: Callable[[Any], Any]) -> Any:
