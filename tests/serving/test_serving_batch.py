@@ -300,7 +300,7 @@ def test_an_interrupted_batch_goes_on_and_another_one_begins_anew(
 ) -> None:
     """With the views in memory or read as they are needed."""
     monkeypatch.setattr(worker, "_HELD_ROWS", held_rows)
-    table = visits(ROWS)
+    table = visits(ROWS).take(list(reversed(range(ROWS))))
     source, output = place(table, tmp_path / "in"), tmp_path / "out"
     begun: list[int] = []
     usual = PieceScorer.score
@@ -315,7 +315,7 @@ def test_an_interrupted_batch_goes_on_and_another_one_begins_anew(
     with pytest.raises(KeyboardInterrupt):
         score(batch_home, packages[0], source, output, piece_rows=10)
     assert not output.exists()
-    # Features that come in meanwhile are not for this batch.
+    # Features that come in meanwhile are not for this batch, whose last rows would have them.
     at = shop.NOW.replace(hour=11, minute=30)
     fields = {n: [99.0] for n in ("visits_1d", "visits_7d", "mean_1d", "mean_7d")}
     store = batch_world.OfflineStore(batch_home.offline("shop"), shop.features())
