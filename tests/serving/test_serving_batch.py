@@ -317,7 +317,7 @@ def test_an_interrupted_batch_goes_on_and_another_one_begins_anew(
     assert not output.exists()
     # Features that come in meanwhile are not for this batch, whose last rows would have them.
     at = shop.NOW.replace(hour=11, minute=30)
-    fields = {n: [99.0] for n in ("visits_1d", "visits_7d", "mean_1d", "mean_7d")}
+    fields = {n: [1.0] for n in ("visits_1d", "visits_7d", "mean_1d", "mean_7d")}
     store = batch_world.OfflineStore(batch_home.offline("shop"), shop.features())
     store.append("shop_day", late_row(at, fields), batch_world.to_us(at) + 1)
     result = score(batch_home, packages[0], source, output, piece_rows=10)
