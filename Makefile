@@ -50,7 +50,7 @@ unit: setup
 
 # Keeps the benchmarks alive; figures come from `python -m benchmarks NAME`, on a quiet machine.
 bench-quick: setup
-	@for name in asof_join online_read materialize orchestration pipeline serving; do \
+	@for name in asof_join batch_scoring online_read materialize orchestration pipeline serving; do \
 	  $(BIN)/python -m benchmarks $$name --quick --json || exit 1; done
 
 format: setup

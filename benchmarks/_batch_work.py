@@ -140,8 +140,6 @@ def ours(folder: Path, cores: int, copies: int) -> dict[str, Any]:
         object_store_memory=200 << 20,
         runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
     )
-    task: Any = ray.remote(num_cpus=1)(warm)
-    ray.get([task.remote() for _ in range(cores)])
     model = ModelVersion(name="m", version=1, package=str(folder / "package"), digest="")
     context = Context("benchmark", Home(folder / "home"))
     source = copied(folder, copies)
@@ -155,14 +153,6 @@ def ours(folder: Path, cores: int, copies: int) -> dict[str, Any]:
     ray.shutdown()
     assert result.rejected == 0
     return {"seconds": seconds, "rows": result.rows, "mib": watched.peak_mib}
-
-
-def warm() -> None:
-    """Have a worker import what the work needs, as those of a cluster that is up have."""
-    import mlops_ray.serving.batch.worker
-    import mlops_ray.training.inference  # noqa: F401
-
-    time.sleep(1.0)
 
 
 def copied(folder: Path, copies: int) -> Path:

@@ -32,8 +32,9 @@ def tokens() -> None:
     "--scope",
     "scopes",
     multiple=True,
-    type=click.Choice(["predict", "feedback", "explain", "metadata"]),
-    help="What it allows; may be given several times. Everything by default.",
+    type=click.Choice(["predict", "feedback", "explain", "metadata", "unlogged"]),
+    help="What it allows; may be given several times. By default everything but unlogged, "
+    "which lets requests be kept out of the log.",
 )
 @click.option(
     "--rate", type=click.FloatRange(0, min_open=True), help="Requests a second, of each replica."
@@ -49,7 +50,7 @@ def add(
     """
     from mlops_ray.serving.endpoint import tokens as file
 
-    allowed = tuple(scope for scope in file.SCOPES if not scopes or scope in scopes)
+    allowed = tuple(s for s in file.SCOPES if s in scopes) or file.USUAL_SCOPES
     where = _path(path)
     token = file.add(where, name, allowed, rate=rate, burst=burst)
     click.echo(token)

@@ -21,9 +21,11 @@ LABEL_SCHEMA = pa.schema(
         ("id", pa.string()),
         ("label", pa.int8()),
         ("known_at", pa.timestamp("us", tz="UTC")),
+        ("received", pa.timestamp("us", tz="UTC")),
     ]
 )
-"""Labels as they came in, in order; one id may come more than once: the last one counts."""
+"""Labels as they came in. One id may come more than once: of those that became known in time, the one
+received last counts."""
 
 
 def prediction_schema(shadows: tuple[str, ...] = ()) -> pa.Schema:
@@ -45,10 +47,13 @@ class Delta:
     profile that they were binned with, then by the UTC day of the prediction time (``2013-03-01``).
     ``predictions`` has ``prediction_schema`` with a column ``shadow_<alias>`` for each model in
     shadow; ``labels`` has ``LABEL_SCHEMA``. ``positions`` says up to where in the log of each replica
-    this goes: see ``prediction_log.news.read_news``.
+    this goes: see ``prediction_log.news.read_news``. ``gone`` are replicas of which nothing is left to
+    read, and ``more`` says that there was more to read than this.
     """
 
     buckets: Mapping[str, Mapping[str, Profile]]
     predictions: pa.Table
     labels: pa.Table
     positions: Mapping[str, int]
+    gone: frozenset[str] = frozenset()
+    more: bool = False

@@ -25,6 +25,14 @@ def write_whole(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing; on return they survive a crash."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
 def sync(path: Path) -> None:
     """Make what a file holds, or which names a folder holds, survive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)

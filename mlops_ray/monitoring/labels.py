@@ -12,8 +12,17 @@ TIMESTAMP = pa.timestamp("us", tz="UTC")
 PREDICTION = pa.schema(
     [("id", pa.string()), ("time", TIMESTAMP), ("version", pa.int64()), ("score", pa.float64())]
 )
-LABEL = pa.schema([("id", pa.string()), ("label", pa.float64()), ("known_at", TIMESTAMP)])
+LABEL = pa.schema(
+    [
+        ("id", pa.string()),
+        ("label", pa.float64()),
+        ("known_at", TIMESTAMP),
+        ("received", TIMESTAMP),
+    ]
+)
 SHADOW = "shadow_"
+
+_NEWEST_FIRST = [(name, "descending") for name in ("received", "known_at", "label")]
 
 
 class LabelJoin:
@@ -21,8 +30,9 @@ class LabelJoin:
 
     Both may come late, out of order, or more than once. The first prediction of an id stands. Of
     its labels, those count that became known within ``horizon`` of the prediction's time, and of
-    these the one known last; so a label can be corrected, and adding the same table again changes
-    nothing. Memory is bounded: ``forget`` drops predictions older than ``keep`` and unmatched
+    these the one received last; so a label can be corrected, and adding the same table again changes
+    nothing. (Of labels received together, the one known last counts, and then the larger one: the
+    rule of ``prediction_log.reading.read_labels``.) Memory is bounded: ``forget`` drops predictions older than ``keep`` and unmatched
     labels older than ``horizon``.
 
     Args:
@@ -43,10 +53,8 @@ class LabelJoin:
         self._new_predictions.append(_conform(predictions, _prediction_schema(predictions)))
 
     def add_labels(self, labels: pa.Table) -> None:
-        """Add rows with the columns of ``LABEL``. Rows without a label or a time are dropped."""
-        table = _conform(labels, LABEL)
-        complete = pc.and_(pc.is_valid(table["label"]), pc.is_valid(table["known_at"]))
-        self._new_labels.append(table.filter(complete))
+        """Add rows with the columns of ``LABEL``. Rows without all of them are dropped."""
+        self._new_labels.append(_conform(labels, LABEL).drop_null())
 
     def forget(self, now: datetime) -> None:
         """Drop what is too old at ``now`` to matter any more."""
@@ -67,7 +75,8 @@ class LabelJoin:
         wanted = pc.and_(pc.greater_equal(time, _at(since)), pc.less(time, _at(until)))
         if version is not None:
             wanted = pc.and_(wanted, pc.equal(self._rows["version"], version))
-        return self._rows.filter(wanted).sort_by([("time", "ascending"), ("id", "ascending")])
+        rows = self._rows.filter(wanted).drop_columns("received")
+        return rows.sort_by([("time", "ascending"), ("id", "ascending")])
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """Return everything held: all rows, and the labels without a prediction."""
@@ -86,8 +95,8 @@ class LabelJoin:
         arrived = [_with_empty_label(table) for table in self._new_predictions]
         rows = pa.concat_tables([self._rows, *arrived], promote_options="default")
         rows = _first_of_each(rows.combine_chunks(), "id")
-        labels = pa.concat_tables([self._unmatched, *self._new_labels]).combine_chunks()
-        labels = _first_of_each(labels, "id", "known_at")
+        labels = pa.concat_tables([self._unmatched, *self._new_labels]).sort_by(_NEWEST_FIRST)
+        labels = _first_of_each(labels.combine_chunks(), "id", "known_at")
         self._new_predictions, self._new_labels = [], []
         place = pc.index_in(_column(labels, "id"), value_set=_column(rows, "id"))
         self._rows = self._fill(rows, labels.filter(pc.is_valid(place)), place.drop_null())
@@ -97,11 +106,11 @@ class LabelJoin:
         """Put the labels, each of which belongs to the row at its ``place``, where they count."""
         judged = rows.take(place)
         limit = pc.add(judged["time"], pa.scalar(self.horizon, pa.duration("us")))
-        in_time = pc.less_equal(labels["known_at"], limit)
-        newer = pc.fill_null(pc.greater(labels["known_at"], judged["known_at"]), True)
-        labels = labels.filter(pc.and_(in_time, newer)).sort_by([("known_at", "descending")])
+        in_time = labels.filter(pc.less_equal(labels["known_at"], limit))
+        known = judged.filter(pc.is_valid(judged["label"])).select(LABEL.names)
+        labels = pa.concat_tables([known, in_time]).sort_by(_NEWEST_FIRST)
         found = pc.index_in(_column(rows, "id"), value_set=_column(labels, "id"))
-        for name in ("label", "known_at"):
+        for name in LABEL.names[1:]:
             values = pc.coalesce(labels[name].take(found), rows[name])
             rows = rows.set_column(rows.schema.get_field_index(name), name, values)
         return rows
@@ -118,7 +127,7 @@ def _prediction_schema(table: pa.Table) -> pa.Schema:
 
 
 def _labelled_schema(schema: pa.Schema) -> pa.Schema:
-    return pa.schema([*schema, ("label", pa.float64()), ("known_at", TIMESTAMP)])
+    return pa.schema([*schema, *(field for field in LABEL if field.name != "id")])
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -126,9 +135,8 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _with_empty_label(table: pa.Table) -> pa.Table:
-    nulls = {name: pa.nulls(len(table), LABEL.field(name).type) for name in ("label", "known_at")}
-    for name, column in nulls.items():
-        table = table.append_column(name, column)
+    for name in LABEL.names[1:]:
+        table = table.append_column(name, pa.nulls(len(table), LABEL.field(name).type))
     return table
 
 

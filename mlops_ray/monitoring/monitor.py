@@ -23,7 +23,7 @@ from mlops_ray.monitoring.measurement import (
     PerformanceMeasurement,
     ServedVersion,
 )
-from mlops_ray.monitoring.windows import ProfileWindows
+from mlops_ray.monitoring.windows import ProfileWindows, is_day
 from mlops_ray.training.evaluation import auc, log_loss
 
 _LEAST_KEPT = timedelta(days=2)
@@ -48,14 +48,17 @@ class Monitor:
         """Take a delta in; return whether it was new."""
         if all(at <= self.positions.get(name, 0) for name, at in delta.positions.items()):
             return False
-        self.positions |= delta.positions
-        for digest, buckets in delta.buckets.items():
-            self._windows.add(digest, buckets)
         if len(delta.predictions):
             self._labels.add_predictions(delta.predictions)
         if len(delta.labels):
             self._labels.add_labels(delta.labels)
+        for digest, buckets in delta.buckets.items():
+            # One odd day must not stand in the way of all that comes with it.
+            self._windows.add(digest, {d: counts for d, counts in buckets.items() if is_day(d)})
         self.rows_observed += len(delta.predictions)
+        # Last: of what could not be taken in, nothing may be passed over.
+        kept = {n: at for n, at in self.positions.items() if n not in delta.gone}
+        self.positions = kept | delta.positions
         return True
 
     def measure(

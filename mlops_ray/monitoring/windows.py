@@ -23,16 +23,17 @@ class ProfileWindows:
         self._days: dict[str, dict[str, Profile]] = {}
 
     def add(self, reference_digest: str, buckets: Mapping[str, Profile]) -> None:
-        """Add counts by UTC day (``2013-03-01``).
+        """Add counts by UTC day (``2013-03-01``), all or, where it raises, none.
 
         Raises:
             DataError: A key is not a day.
         """
-        days = self._days.setdefault(reference_digest, {})
+        days = self._days.get(reference_digest, {})
+        merged: dict[str, Profile] = {}
         for day, profile in buckets.items():
             _start(day)
-            known = days.get(day)
-            days[day] = profile if known is None else known.merge(profile)
+            merged[day] = days[day].merge(profile) if day in days else profile
+        self._days[reference_digest] = days | merged
 
     def window(self, reference_digest: str, now: datetime, window: timedelta) -> Profile:
         """Return the counts of the days that lie, at least in part, in (now − window, now]."""
@@ -67,6 +68,15 @@ class ProfileWindows:
         for digest, days in value.items():
             windows.add(digest, {day: Profile.from_json(item) for day, item in days.items()})
         return windows
+
+
+def is_day(day: str) -> bool:
+    """Say whether a window can hold this day: years that the calendar has not, none can."""
+    try:
+        date.fromisoformat(day)
+    except ValueError:
+        return False
+    return True
 
 
 def _start(day: str) -> datetime:

@@ -1,13 +1,17 @@
 """Frames: what a replica writes to its log in one piece, and how they are found in a file again.
 
-A frame is a head of 24 bytes and a payload. The head is magic, length of the payload, sequence number,
-CRC-32 of the payload, CRC-32 of the head before it, all little-endian. The payload is four parts,
-each with its length before it; see ``Frame``. A part is an Arrow IPC stream or JSON, and empty where
-there is nothing to say.
+A file begins with 20 bytes, a magic and a random key; frames follow. A frame is a head of 28 bytes and
+a payload. The head is magic, length of the payload, sequence number, CRC-32 of the payload, and the
+BLAKE2b digest, of 8 bytes, of the head before it under the file's key, all little-endian. So nothing
+that a client has put into a payload can pass for a frame: it does not know the key. The payload is four
+parts, each with its length before it; see ``Frame``. A part is an Arrow IPC stream or JSON, and empty
+where there is nothing to say.
 """
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,11 +28,15 @@ from mlops_ray.metadata.profile import Profile
 Counts = dict[str, dict[str, Profile]]
 """Counts of features by the digest of the reference that they were binned with, and by UTC day."""
 
-MAGIC = b"\x9dPL\x01"
+MAGIC = b"\x9dPL\x02"
 
+_FILE_MAGIC = b"\x9dPLF"
+_KEY_BYTES = 16
+_FILE_HEAD_BYTES = len(_FILE_MAGIC) + _KEY_BYTES
 _HEAD = struct.Struct("<4sIQI")
-_CHECK = struct.Struct("<I")
-_HEAD_BYTES = _HEAD.size + _CHECK.size
+_SEAL_BYTES = 8
+_HEAD_BYTES = _HEAD.size + _SEAL_BYTES
+_LENGTH = struct.Struct("<I")
 _PARTS = 4
 _SEARCH_BYTES = 1 << 20
 _COMPRESSED = ipc.IpcWriteOptions(compression="lz4")
@@ -66,6 +74,17 @@ class Frame:
         }
 
 
+def file_head() -> bytes:
+    """Return what a new file begins with, unlike any other's."""
+    return _FILE_MAGIC + secrets.token_bytes(_KEY_BYTES)
+
+
+def sealed(frame: bytes, head: bytes) -> bytes:
+    """Return the bytes of an encoded frame as they stand in the file that begins with ``head``."""
+    bare = frame[: _HEAD.size]
+    return b"".join((bare, _seal(bare, head[len(_FILE_MAGIC) :]), frame[_HEAD.size :]))
+
+
 def encode(
     sequence: int,
     predictions: pa.Table | None,
@@ -73,7 +92,7 @@ def encode(
     labels: pa.Table | None,
     counts: Mapping[str, Mapping[str, Profile]],
 ) -> bytes:
-    """Return the bytes of a frame."""
+    """Return the bytes of a frame, to be ``sealed`` for the file that it goes to."""
     told = {
         digest: {day: {"rows": p.rows, "counts": dict(p.counts)} for day, p in days.items()}
         for digest, days in counts.items()
@@ -82,28 +101,32 @@ def encode(
         *(_stream(table) for table in (predictions, others, labels)),
         orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY) if told else b"",
     ]
-    payload = b"".join(piece for part in parts for piece in (_CHECK.pack(len(part)), part))
-    head = _HEAD.pack(MAGIC, len(payload), sequence, zlib.crc32(payload))
-    return b"".join((head, _CHECK.pack(zlib.crc32(head)), payload))
+    payload = b"".join(piece for part in parts for piece in (_LENGTH.pack(len(part)), part))
+    return _HEAD.pack(MAGIC, len(payload), sequence, zlib.crc32(payload)) + payload
 
 
 def read_frames(file: IO[bytes], after: int = 0) -> Iterator[Frame]:
     """Yield the whole frames of a file with a sequence number beyond ``after``, in order.
 
-    What is not whole is passed over: the torn end of a file, and a damaged frame between others.
+    What is not whole is passed over: the torn end of a file, and a damaged frame between others. A
+    file whose first 20 bytes are damaged holds nothing that can be told from forgery.
     """
-    at = 0
+    file.seek(0)
+    start = file.read(_FILE_HEAD_BYTES)
+    if len(start) < _FILE_HEAD_BYTES or not start.startswith(_FILE_MAGIC):
+        return
+    key, at = start[len(_FILE_MAGIC) :], _FILE_HEAD_BYTES
     while True:
         file.seek(at)
-        head = _head(file.read(_HEAD_BYTES))
+        head = _head(file.read(_HEAD_BYTES), key)
         if head is not None:
             length, sequence, checksum = head
             whole = sequence <= after
             if not whole:
-                payload = file.read(length)
-                whole = len(payload) == length and zlib.crc32(payload) == checksum
-                if whole:
-                    yield Frame(sequence, _split(memoryview(payload)))
+                parts = _parts_of(file.read(length), length, checksum)
+                whole = parts is not None
+                if parts is not None:
+                    yield Frame(sequence, parts)
                     after = sequence
             if whole:
                 at += _HEAD_BYTES + length
@@ -114,11 +137,15 @@ def read_frames(file: IO[bytes], after: int = 0) -> Iterator[Frame]:
         at = found
 
 
-def _head(data: bytes) -> tuple[int, int, int] | None:
+def _seal(head: bytes, key: bytes) -> bytes:
+    return hashlib.blake2b(head, key=key, digest_size=_SEAL_BYTES).digest()
+
+
+def _head(data: bytes, key: bytes) -> tuple[int, int, int] | None:
     """Return length, sequence number and checksum, or None where no frame begins."""
     if len(data) < _HEAD_BYTES or not data.startswith(MAGIC):
         return None
-    if zlib.crc32(data[: _HEAD.size]) != _CHECK.unpack_from(data, _HEAD.size)[0]:
+    if _seal(data[: _HEAD.size], key) != data[_HEAD.size :]:
         return None
     _, length, sequence, checksum = _HEAD.unpack_from(data)
     return length, sequence, checksum
@@ -136,14 +163,20 @@ def _next_magic(file: IO[bytes], at: int) -> int | None:
         at += len(data) - len(MAGIC) + 1
 
 
-def _split(payload: memoryview) -> tuple[memoryview, ...]:
+def _parts_of(payload: bytes, length: int, checksum: int) -> tuple[memoryview, ...] | None:
+    """Return the parts of a payload, None where it is damaged."""
+    if len(payload) != length or zlib.crc32(payload) != checksum:
+        return None
+    view = memoryview(payload)
     parts, at = [], 0
     for _ in range(_PARTS):
-        (length,) = _CHECK.unpack_from(payload, at)
-        at += _CHECK.size
-        parts.append(payload[at : at + length])
-        at += length
-    return tuple(parts)
+        if at + _LENGTH.size > length:
+            return None
+        (size,) = _LENGTH.unpack_from(view, at)
+        at += _LENGTH.size
+        parts.append(view[at : at + size])
+        at += size
+    return tuple(parts) if at == length else None
 
 
 def _stream(table: pa.Table | None) -> bytes:

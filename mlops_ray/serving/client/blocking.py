@@ -96,7 +96,8 @@ class BlockingExchange:
             with suppress(OSError, http.client.HTTPException):
                 asked.append(self._sent(pool, call, deadline_s))
         reply = self._first_answer(pool, asked, deadline_s)
-        hedger.learn(time.monotonic() - begin_s)
+        if reply.status == 200:
+            hedger.learn(time.monotonic() - begin_s)
         return reply
 
     def _first_answer(self, pool: _Pool, asked: list[Connection], deadline_s: float) -> Reply:

@@ -97,7 +97,8 @@ class Exchange:
             reply = await self._request(call, deadline_s)
         else:
             reply = await self._hedged(hedger, call, deadline_s, after_s)
-        hedger.learn(_now_s() - begin_s)
+        if reply.status == 200:
+            hedger.learn(_now_s() - begin_s)
         return reply
 
     async def _hedged(self, hedger: Hedger, call: Call, deadline_s: float, after_s: float) -> Reply:

@@ -58,7 +58,7 @@ class Hedger:
         return self._budget.spend()
 
     def learn(self, latency_s: float) -> None:
-        """Take in how long a call took."""
+        """Take in how long an answer took."""
         if self._hedging.after_s is not None:
             return
         with self._lock:

@@ -49,14 +49,14 @@ class Budget:
 
     def __init__(self, share: float, reserve: int) -> None:
         self._share = share
-        self._reserve = float(reserve)
+        self._most = max(1.0, float(reserve))
         self._balance = float(reserve)
         self._lock = threading.Lock()
 
     def earn(self) -> None:
         """Count a call."""
         with self._lock:
-            self._balance = min(self._reserve, self._balance + self._share)
+            self._balance = min(self._most, self._balance + self._share)
 
     def spend(self) -> bool:
         """Take an extra request out of the budget; False where it has none left."""

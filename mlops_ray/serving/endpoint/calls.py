@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from mlops_ray.serving.endpoint.asgi import Reply
+from mlops_ray.serving.endpoint.guard import ANYONE, Principal
 from mlops_ray.serving.endpoint.tokens import Scope
 
 
@@ -24,6 +25,7 @@ class Call:
     version: int | None = None
     route: str = ""
     answered: int = 0
+    principal: Principal = ANYONE
 
 
 Handler = Callable[[Call], Awaitable[Reply]]

@@ -269,7 +269,7 @@ class Endpoint:
         if action.scope is None:
             return await action.handler(call)
         headers = call.headers
-        self.guard.check(headers.get(b"authorization"), action.scope)
+        call.principal = self.guard.check(headers.get(b"authorization"), action.scope)
         async with self.limits.turn(timeout_of(headers.get(TIMEOUT_HEADER))) as deadline_s:
             call.deadline_s = deadline_s
             if method == "POST":

@@ -20,9 +20,25 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who calls: the token's name, empty where no token is needed."""
+    """Who calls, and what they may do: the token's name, empty where no token is needed."""
 
     name: str = ""
+    scopes: tuple[str, ...] = tokens.SCOPES
+
+    def logged(self, wish: bytes) -> bool:
+        """Return whether a request is kept in the log, given its header ``x-mlops-ray-log``.
+
+        Raises:
+            RequestError: 403, it says ``off``, and the token lacks the scope for that.
+        """
+        if wish.lower() != b"off":
+            return True
+        if "unlogged" not in self.scopes:
+            raise RequestError(
+                "this token has no scope 'unlogged': its requests cannot be kept out of the log",
+                status=403,
+            )
+        return False
 
 
 ANYONE = Principal()
@@ -45,9 +61,9 @@ class Guard:
         self._path = path
         self._clock = clock
         self._known: dict[str, _Known] = {}
-        self._seen: tuple[int, ...] | None = None
+        self._seen: tuple[int, ...] | None = ()
+        self._trouble = ""
         if path is not None:
-            self._seen = _stamp(path)
             self._take(tokens.read(path))
 
     @property
@@ -77,14 +93,18 @@ class Guard:
         be read, the tokens of before stay."""
         if self._path is None:
             return
-        stamp = _stamp(self._path)
-        if stamp == self._seen:
-            return
-        self._seen = stamp
         try:
+            stamp = _stamp(self._path)
+            if stamp == self._seen:
+                return
             self._take(tokens.read(self._path) if stamp is not None else ())
-        except ServingError:
-            logger.exception("the tokens stay as they were")
+        except (OSError, ServingError) as error:
+            # It is read again each time, since the next may succeed; one line says why it does not.
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                logger.exception("the tokens stay as they were")
+            return
+        self._seen, self._trouble = stamp, ""
 
     def _take(self, found: tuple[Token, ...]) -> None:
         before = self._known
@@ -110,7 +130,7 @@ class _Known:
 
     def __init__(self, token: Token, before: _Known | None) -> None:
         self.token = token
-        self.principal = Principal(token.name)
+        self.principal = Principal(token.name, token.scopes)
         self._digest = bytes.fromhex(token.digest)
         self._burst = float(token.burst or max(1.0, token.rate or 1.0))
         self._left = self._burst
@@ -141,6 +161,6 @@ class _Known:
 def _stamp(path: Path) -> tuple[int, ...] | None:
     try:
         status = path.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns

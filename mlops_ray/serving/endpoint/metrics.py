@@ -19,6 +19,10 @@ PUBLISH_EVERY_S = 1.0
 
 _RECENT = 4096
 
+_SCALED_BY = ("predict", "infer", "grpc_infer")
+_ENDED = (200, 504)
+"""Answered, or not in time: without the latter, a service that answers nothing would look idle."""
+
 Tags = dict[str, str]
 
 
@@ -154,10 +158,11 @@ class Recorder:
         if found is None:
             found = self._latencies[where] = Histogram(SECONDS)
         found.add(seconds)
-        self._recent_s.append(seconds)
+        if status in _ENDED and action in _SCALED_BY:
+            self._recent_s.append(seconds)
 
     def latency_p95_s(self) -> float:
-        """Return the 95th percentile of how long answers took since the last call, 0 without any."""
+        """Return the 95th percentile of how long predictions took since the last call, 0 without any."""
         recent = sorted(self._recent_s)
         self._recent_s.clear()
         return recent[int(0.95 * (len(recent) - 1))] if recent else 0.0

@@ -25,7 +25,8 @@ from mlops_ray.serving.log.prediction_log import PredictionLog
 from mlops_ray.serving.models.loading import ModelSet
 
 NO_LOG_HEADER = b"x-mlops-ray-log"
-"""With the value ``off``, a prediction is answered but neither logged nor profiled."""
+"""With the value ``off``, a prediction is answered but neither logged nor profiled. Where tokens are
+asked for, that needs the scope ``unlogged``."""
 
 STALE_HEADER = (b"x-mlops-ray-features", b"stale")
 """Sent where features were older than the online store would have them."""
@@ -69,7 +70,7 @@ class NativeApi:
         request = self._parse(call)
         self._recorder.stage("parse", time.perf_counter() - began_s)
         models = None if call.model is None else await self._models_of(call.model)
-        log = call.headers.get(NO_LOG_HEADER, b"").lower() != b"off"
+        log = call.principal.logged(call.headers.get(NO_LOG_HEADER, b""))
         answer = await self._scoring.score(request, call.deadline_s, log=log, models=models)
         began_s = time.perf_counter()
         if call.model is not None:
@@ -88,7 +89,7 @@ class NativeApi:
         if _media_type(call) not in (b"", JSON):
             raise _unknown_media_type(call, JSON)
         feedback = parse_feedback(call.body, self._serving.max_rows, datetime.now(UTC))
-        if call.headers.get(NO_LOG_HEADER, b"").lower() != b"off":
+        if call.principal.logged(call.headers.get(NO_LOG_HEADER, b"")):
             try:
                 self._log.add_labels(feedback)
                 if self._log.answers_wait:

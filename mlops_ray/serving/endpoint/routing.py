@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from weakref import WeakKeyDictionary
@@ -34,39 +33,29 @@ class Router:
 
     Args:
         project: Part of the hash, so that projects divide the same keys differently.
-        sticky_by: The inputs whose values make the key; none: each request draws.
-        draw: Returns a number in [0, 1).
+        sticky_by: The inputs whose values make a row's key; none: a request's first id is the key of
+            all of it, so that one which is sent again is answered by the same model.
     """
 
-    def __init__(
-        self,
-        project: str,
-        sticky_by: Sequence[str] = (),
-        draw: Callable[[], float] = random.random,
-    ) -> None:
+    def __init__(self, project: str, sticky_by: Sequence[str] = ()) -> None:
         self._project = project
         self._sticky_by = tuple(sticky_by)
-        self._draw = draw
         self._known: WeakKeyDictionary[ModelSet, list[_Turn]] = WeakKeyDictionary()
 
     @property
     def is_sticky(self) -> bool:
-        """Whether each row is routed by its key, rather than each request by chance."""
+        """Whether each row is routed by its inputs, rather than each request by its first id."""
         return bool(self._sticky_by)
 
-    def draw(self, models: ModelSet) -> LoadedModel:
-        """Return the model for one request, by chance."""
+    def owner(self, models: ModelSet, identifier: str) -> LoadedModel:
+        """Return the model for a request, by its first id."""
         if not models.challengers:
             return models.answer
-        left = self._draw()
-        for challenger, model in zip(models.served.challengers, models.challengers, strict=True):
-            left -= challenger.share
-            if left < 0:
-                return model
-        return models.answer
+        place = _owner(identifier.encode(errors="backslashreplace"), self._turns(models))
+        return models.challengers[place - 1] if place else models.answer
 
     def owners(self, models: ModelSet, inputs: Columns) -> tuple[list[LoadedModel], list[int]]:
-        """Return the models that may answer, and which of them does for each row, by its key."""
+        """Return the models that may answer, and which of them does for each row, by its inputs."""
         turns = self._turns(models)
         columns = [inputs[name].tolist() for name in self._sticky_by]
         # Equal values are written alike, whatever array holds them.

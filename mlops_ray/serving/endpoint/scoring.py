@@ -203,12 +203,12 @@ class Scoring:
     ) -> Job:
         models = models or self._own_models()
         self._check_times(request)
-        wanted = None
+        ids, wanted = self.ids(request), None
         if version is not None:
             wanted = of_version(models, version)
         elif not self._router.is_sticky:
-            wanted = self._router.draw(models)
-        return Job(request, self.ids(request), models, wanted, time.perf_counter(), log)
+            wanted = self._router.owner(models, ids[0])
+        return Job(request, ids, models, wanted, time.perf_counter(), log)
 
     def _check_times(self, request: PredictRequest) -> None:
         times = request.columns[self._time].view(np.int64)

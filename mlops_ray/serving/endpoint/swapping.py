@@ -85,11 +85,11 @@ class ModelsInService:
                 with _eager_switching():
                     models = await asyncio.to_thread(self._loader.load, served, self.now)
                     seconds = await asyncio.to_thread(self._warm, models)
-            except ServingError as error:
+            except Exception as error:
                 if self.now is None:
                     raise
-                self.refused = {"epoch": served.epoch, "why": str(error)}
-                logger.error("epoch %d is refused: %s", served.epoch, error)
+                self.refused = {"epoch": served.epoch, "why": str(error) or type(error).__name__}
+                logger.error("epoch %d is refused", served.epoch, exc_info=error)
                 return
             self.now, self.refused = models, None
             self._took(seconds)

@@ -22,8 +22,12 @@ from mlops_ray.config.base import Frozen
 from mlops_ray.errors import ServingError
 from mlops_ray.metadata.files import sync
 
-Scope = Literal["predict", "feedback", "explain", "metadata"]
+Scope = Literal["predict", "feedback", "explain", "metadata", "unlogged"]
+"""What a token allows: the routes of these names, and ``unlogged``, to keep a request out of the log."""
+
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+USUAL_SCOPES: tuple[Scope, ...] = tuple(scope for scope in SCOPES if scope != "unlogged")
+"""What a token allows unless more is said: monitoring sees all that its owner does."""
 
 PREFIX = "mr_"
 
@@ -37,9 +41,9 @@ class Token(Frozen):
     name: str
     scopes: tuple[Scope, ...]
     salt: str
-    digest: str
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     made: AwareDatetime
-    rate: float | None = Field(default=None, gt=0)
+    rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     burst: int | None = Field(default=None, ge=1)
 
 
@@ -70,7 +74,7 @@ def read(path: Path) -> tuple[Token, ...]:
 def add(
     path: Path,
     name: str,
-    scopes: tuple[Scope, ...] = SCOPES,
+    scopes: tuple[Scope, ...] = USUAL_SCOPES,
     *,
     rate: float | None = None,
     burst: int | None = None,

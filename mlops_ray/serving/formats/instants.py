@@ -34,9 +34,13 @@ def instant(value: Any, name: str, row: int) -> int:
     if type(value) is not str:
         raise refusal(f"{_WISH} {kind_of(value)}", name, row)
     try:
-        return micros(datetime.fromisoformat(value))
+        found_us = micros(datetime.fromisoformat(value))
     except ValueError:
         raise refusal(f"{_WISH} {shorten(value)}", name, row) from None
+    if not FIRST_US <= found_us <= LAST_US:
+        # An offset can lead beyond the years that the text itself may name.
+        raise refusal("must lie in the years 1 to 9999 in UTC", name, row)
+    return found_us
 
 
 def micros(moment: datetime) -> int:
@@ -48,11 +52,13 @@ def instants(values: Sequence[str | None], name: str) -> NDArray[np.datetime64]:
     """Return ``datetime64[us]`` of ISO 8601 texts, NaT of None; errors as of ``instant``."""
     if len(values) >= _MANY and (quick := _by_arrow(values)) is not None:
         return quick
-    found: list[int | str]
     try:
-        found = [micros(moment) for moment in map(datetime.fromisoformat, values)]  # type: ignore[arg-type]
+        found_us = [micros(moment) for moment in map(datetime.fromisoformat, values)]  # type: ignore[arg-type]
+        if FIRST_US <= min(found_us, default=0) and max(found_us, default=0) <= LAST_US:
+            return np.array(found_us, _MICROSECONDS)
     except (TypeError, ValueError):
-        found = ["NaT" if v is None else instant(v, name, row) for row, v in enumerate(values)]
+        pass
+    found = ["NaT" if v is None else instant(v, name, row) for row, v in enumerate(values)]
     return np.array(found, _MICROSECONDS)
 
 

@@ -69,7 +69,7 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], data: bytes | memor
         RequestError: 422 where shape and size do not agree, or the datatype is unknown.
     """
     dtype = dtype_of(name, datatype)
-    count = _count(name, shape)
+    count = count_of(name, shape)
     if datatype == BYTES:
         return Tensor(name, datatype, tuple(shape), _texts_of(name, count, data))
     if len(data) != count * dtype.itemsize:
@@ -100,7 +100,7 @@ def from_json(
         RequestError: 422 where values do not fit the datatype, or their number the shape.
     """
     dtype = dtype_of(name, datatype)
-    count = _count(name, shape)
+    count = count_of(name, shape)
     values = _flat(name, data, len(shape))
     if len(values) != count:
         raise refusal(f"has {len(values)} values where its shape needs {count}", name)
@@ -144,11 +144,12 @@ def dtype_of(name: str, datatype: str) -> np.dtype[Any]:
     return found
 
 
-def _count(name: str, shape: Sequence[int]) -> int:
+def count_of(name: str, shape: Sequence[int]) -> int:
+    """Return how many values a shape has. RequestError 422 where it is none, or has too many sizes."""
     if not 1 <= len(shape) <= _MAX_DIMENSIONS or any(
         type(size) is not int or size < 0 for size in shape
     ):
-        raise refusal("must have a shape of one or more sizes", name)
+        raise refusal(f"must have a shape of 1 to {_MAX_DIMENSIONS} sizes", name)
     return math.prod(shape)
 
 

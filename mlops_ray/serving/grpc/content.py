@@ -101,10 +101,10 @@ def _listed(item: Any) -> Tensor:
     if place is None:
         raise refusal(f"must be in raw_input_contents, as all of {datatype}", name)
     shape = tuple(item.shape)
+    count = tensors.count_of(name, shape)
     values = getattr(item.contents, place)
-    if not shape or min(shape) < 0 or len(values) != math.prod(shape):
-        text = f"has {len(values)} values in {place} where its shape is {list(shape)[:8]}"
-        raise refusal(text, name)
+    if len(values) != count:
+        raise refusal(f"has {len(values)} values in {place} where its shape needs {count}", name)
     try:
         return Tensor(name, datatype, shape, _array(values, dtype))
     except OverflowError:

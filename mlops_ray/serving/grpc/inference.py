@@ -131,7 +131,8 @@ class Inference:
 
     async def _inferred(self, body: bytes, metadata: Metadata) -> tuple[bytes, Answer]:
         endpoint, recorder = self._endpoint, self._endpoint.recorder
-        endpoint.guard.check(_authorization(metadata), "predict")
+        principal = endpoint.guard.check(_authorization(metadata), "predict")
+        log = principal.logged(metadata.get("x-mlops-ray-log", "").encode())
         limit = endpoint.serving.max_body_bytes
         if len(body) > limit:
             raise RequestError(
@@ -145,7 +146,7 @@ class Inference:
             answer = await endpoint.scoring.score(
                 request.request,
                 deadline_s,
-                log=metadata.get("x-mlops-ray-log", "").lower() != "off",
+                log=log,
                 models=await self._models_of(message.model_name),
                 version=_version(message.model_version),
             )

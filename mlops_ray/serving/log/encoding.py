@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,15 @@ from mlops_ray.metadata.prediction_log.layout import INSTANT, LABELS, PREDICTION
 from mlops_ray.metadata.prediction_log.news import SHADOW
 from mlops_ray.serving.formats.feedback import Feedback
 from mlops_ray.serving.log.redaction import Redaction, chosen
+from mlops_ray.serving.log.shadows import Shadows
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
-from mlops_ray.serving.models.served import ModelSpec
 
 _PAUSE_S = 50e-6
+_PATIENCE_S = {"interval": 1.0, "answered": 0.1}
+"""How long a write waits for models in shadow, by durability: with the one nobody waits for it."""
 
-logger = logging.getLogger(__name__)
+_MOST_DAYS = 64
+_LONG_AGO = "0001-01-01"
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ class Encoding:
         self._types = {name: ARROW_TYPES[field.dtype] for name, field in inputs.items()}
         self._sample = settings.sample
         self._redaction = redaction
-        self._failed: set[ModelSpec] = set()
+        self._shadows = Shadows(_PATIENCE_S[settings.durability])
 
     def frame(
         self,
@@ -118,7 +120,7 @@ class Encoding:
         times = np.concatenate([item.times for item in items]).astype("datetime64[us]")
         scores = np.concatenate([item.scores for item in items])
         columns = _chained([item.columns for item in items])
-        shadows = self._shadow_scores(models, model, columns, scores) if models else {}
+        shadows = self._shadows.scores(models.shadows, model, columns, scores) if models else {}
         schema = prediction_schema(tuple(shadows))
         arrays = [
             pa.array(ids, pa.string()),
@@ -177,31 +179,6 @@ class Encoding:
         ]
         return pa.StructArray.from_arrays(arrays, names=list(columns))
 
-    def _shadow_scores(
-        self, models: ModelSet, model: LoadedModel, columns: Columns, scores: NDArray[np.float64]
-    ) -> dict[str, pa.Array]:
-        """Return the scores of each model in shadow by alias, float64 [n]; nulls for one that fails.
-
-        ``scores`` are those of ``model``, which answered.
-        """
-        found: dict[str, pa.Array] = {}
-        for shadow in models.shadows:
-            try:
-                values = (
-                    scores
-                    if shadow.scorer is model.scorer
-                    else np.asarray(shadow.scorer.predict(columns), np.float64)
-                )
-                if values.shape != scores.shape:
-                    raise ValueError(f"{values.shape} scores for {scores.shape} rows")
-                found[shadow.spec.alias] = pa.array(values)
-            except Exception:
-                if shadow.spec not in self._failed:
-                    self._failed.add(shadow.spec)
-                    logger.exception("version %d fails in shadow", shadow.spec.version)
-                found[shadow.spec.alias] = pa.nulls(len(scores), pa.float64())
-        return found
-
 
 def _groups(answered: Iterable[Received]) -> list[list[Received]]:
     groups: dict[tuple[int, int], list[Received]] = {}
@@ -211,12 +188,21 @@ def _groups(answered: Iterable[Received]) -> list[list[Received]]:
 
 
 def _count(total: Counts, rows: _Rows) -> None:
-    """Add the counts of the features that the answering model reads, by UTC day."""
+    """Add the counts of the features that the answering model reads, by UTC day.
+
+    Clients choose the days: beyond the ``_MOST_DAYS`` that have most rows, all count under a day that
+    is in no window, so that the work for a row is bounded.
+    """
     model = rows.model
     known = total.setdefault(model.reference_digest, {})
     read = {name: rows.columns[name] for name in model.features}
     days = rows.times.astype("datetime64[D]")
-    for day in np.unique(days):
+    found, sizes = np.unique(days, return_counts=True)
+    if len(found) > _MOST_DAYS:
+        most = found[np.argsort(sizes, kind="stable")[-_MOST_DAYS:]]
+        days = np.where(np.isin(days, most), days, np.datetime64(_LONG_AGO))
+        found = np.unique(days)
+    for day in found:
         chosen_rows = days == day
         whole = bool(chosen_rows.all())
         part = read if whole else {name: values[chosen_rows] for name, values in read.items()}

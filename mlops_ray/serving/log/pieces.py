@@ -9,7 +9,8 @@ from pathlib import Path
 
 from mlops_ray.config.features import RequestField
 from mlops_ray.config.serving import PredictionLog as Settings
-from mlops_ray.metadata.files import sync
+from mlops_ray.metadata.files import make_folder, sync
+from mlops_ray.metadata.prediction_log.frames import file_head, sealed
 from mlops_ray.metadata.prediction_log.layout import BATCH, replica_folder, segment_name
 from mlops_ray.serving.log.encoding import Answered, Encoding
 from mlops_ray.serving.log.redaction import open_redaction
@@ -35,8 +36,10 @@ def write_piece(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         os.fchmod(file.fileno(), 0o600)
+        head = file_head()
+        file.write(head)
         for number, item in enumerate(answered, 1):
-            file.write(encoding.frame(number, [(time.time_ns(), item)], []))
+            file.write(sealed(encoding.frame(number, [(time.time_ns(), item)], []), head))
         file.flush()
         os.fsync(file.fileno())
 
@@ -51,7 +54,7 @@ def publish_piece(path: Path, folder: Path, job: str, piece: int) -> None:
         piece: Its number in the batch.
     """
     target = replica_folder(folder, f"{BATCH}{job}-{piece}") / segment_name(1)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     try:
         path.rename(target)
     except FileNotFoundError:

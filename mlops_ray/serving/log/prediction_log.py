@@ -34,6 +34,31 @@ logger = logging.getLogger(__name__)
 MAX_PENDING_ROWS = 500_000
 """Rows kept in memory while the disk refuses them; beyond, rows are dropped and counted."""
 
+MAX_PENDING_BYTES = 512 << 20
+"""The same of their values; an estimate."""
+
+
+class Batch:
+    """What goes to disk together. ``done`` says how that ended, where somebody waits for it."""
+
+    __slots__ = ("answered", "bytes", "done", "labels", "lost", "rows")
+
+    def __init__(self) -> None:
+        self.answered: list[Received] = []
+        self.labels: list[Told] = []
+        self.rows = 0
+        self.bytes = 0
+        self.lost: list[Answered | Feedback] = []
+        self.done: asyncio.Future[Exception | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What was added, and with what it goes to disk; None where it is dropped."""
+
+    item: Answered | Feedback
+    batch: Batch | None
+
 
 class PredictionLog:
     """The log of one replica, in the project's folder of predictions; see ``prediction_log.layout``.
@@ -42,8 +67,8 @@ class PredictionLog:
     is what was added within the last ``every``, and the time of one write. With ``answered`` whoever
     answers awaits ``written`` before: requests that wait at the same time share one write.
 
-    While the disk refuses, rows wait in memory, ``MAX_PENDING_ROWS`` of them, and are tried again;
-    with ``answered`` they are not kept, since nobody has been answered.
+    While the disk refuses, rows wait in memory, ``MAX_PENDING_ROWS`` of them or ``MAX_PENDING_BYTES``,
+    and are tried again; with ``answered`` they are not kept, since nobody has been answered.
 
     Args:
         folder: The project's prediction log.
@@ -65,15 +90,18 @@ class PredictionLog:
             folder, f"{replica}-{uuid.uuid4().hex[:8]}", settings.compact_every.total_seconds()
         )
         self._thread = ThreadPoolExecutor(1, "prediction-log")
-        self._answered: list[Received] = []
-        self._labels: list[Told] = []
+        self._texts = tuple(name for name, field in inputs.items() if field.dtype == "string")
+        self._batch = Batch()
         self._rows = 0
+        self._bytes = 0
         self._sequence = 0
         self._frames: deque[_Frame] = deque()
         self._flushing = asyncio.Lock()
         self._wake = asyncio.Event()
-        self._waiting: asyncio.Future[OSError | None] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = asyncio.Event()
+        self._writes: set[asyncio.Task[int]] = set()
+        self._writing: asyncio.Task[None] | None = None
+        self._compacting: asyncio.Task[None] | None = None
         self._failing: str | None = None
 
     @property
@@ -89,71 +117,75 @@ class PredictionLog:
             "failing": self._failing,
         }
 
-    def add(self, answered: Answered) -> None:
-        """Keep answered rows.
+    def add(self, answered: Answered) -> Added:
+        """Keep answered rows; return what ``written`` is asked with.
 
         Raises:
-            ServingError: Answers wait, and too many rows wait for the disk.
+            ServingError: Answers wait, and too much waits for the disk, or the log is closed.
         """
-        if self._take(len(answered.ids)):
-            self._answered.append((time.time_ns(), answered))
+        batch = self._room(len(answered.ids), self._size(answered))
+        if batch is not None:
+            batch.answered.append((time.time_ns(), answered))
+        return Added(answered, batch)
 
-    def add_labels(self, feedback: Feedback) -> None:
+    def add_labels(self, feedback: Feedback) -> Added:
         """Keep labels. The same label may come again: readers take the last one of an id.
 
         Raises:
             ServingError: As ``add``.
         """
-        if self._take(len(feedback.ids)):
-            self._labels.append((time.time_ns(), feedback))
+        rows = len(feedback.ids)
+        batch = self._room(rows, rows * _LABEL_BYTES)
+        if batch is not None:
+            batch.labels.append((time.time_ns(), feedback))
+        return Added(feedback, batch)
 
-    async def written(self) -> None:
-        """Return when all that has been added is on disk.
+    async def written(self, added: Added) -> None:
+        """Return when what was added is on disk; for ``durability: answered``.
 
         Raises:
-            ServingError: The disk refuses. Where answers wait, what was added is not kept.
+            ServingError: It is not kept: the disk refuses, or the rows cannot be encoded.
         """
-        if self._waiting is None:
-            self._waiting = asyncio.get_running_loop().create_future()
+        batch = added.batch
+        if batch is None:
+            raise self._unwritable("too much waits for the disk")
+        if batch is self._batch:
             self._wake.set()
+        if batch.done is None:
+            raise self._unwritable("the log does not wait for the disk")
         # One that gives up must not take the future away from the others.
-        error = await asyncio.shield(self._waiting)
+        error = await asyncio.shield(batch.done)
         if error is not None:
             raise self._unwritable(str(error)) from error
+        if any(item is added.item for item in batch.lost):
+            raise self._unwritable("the rows cannot be encoded")
 
     async def flush(self) -> int:
         """Write all that has been added; return how many rows and labels were written.
 
+        A write comes to its end also where the caller is cancelled.
+
         Raises:
             OSError: The disk refuses. The rows are kept in memory, unless answers wait.
         """
-        async with self._flushing:
-            answered, self._answered = self._answered, []
-            labels, self._labels = self._labels, []
-            waiting, self._waiting = self._waiting, None
-            outcome = _Outcome()
-            if self._rows:
-                outcome = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, self._write, answered, labels
-                )
-            self._settle(outcome)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(outcome.error)
-            if outcome.error is not None:
-                raise outcome.error
-            return outcome.written
+        write = asyncio.create_task(self._flush())
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+        return await asyncio.shield(write)
 
     def start(self) -> None:
         """Begin to write every ``every``, and to compact every ``compact_every``."""
-        self._tasks = [
-            asyncio.create_task(self._write_repeatedly()),
-            asyncio.create_task(self._compact_repeatedly()),
-        ]
+        self._writing = asyncio.create_task(self._write_repeatedly())
+        self._compacting = asyncio.create_task(self._compact_repeatedly())
 
     async def close(self) -> None:
         """Write the rest and let go of the files; the log takes nothing any more."""
-        for task in self._tasks:
-            task.cancel()
+        self._closing.set()
+        self._wake.set()
+        if self._compacting is not None:
+            self._compacting.cancel()
+        if self._writing is not None:
+            await self._writing
         try:
             await self.flush()
         except OSError:
@@ -161,14 +193,30 @@ class PredictionLog:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.close)
         self._thread.shutdown()
 
-    def _take(self, rows: int) -> bool:
-        if self._rows < MAX_PENDING_ROWS:
+    def _room(self, rows: int, size: int) -> Batch | None:
+        """Return the batch that takes rows, None where there is no room for them."""
+        full = self._rows >= MAX_PENDING_ROWS or self._bytes >= MAX_PENDING_BYTES
+        if not full and not self._closing.is_set():
+            batch = self._batch
             self._rows += rows
-            return True
+            self._bytes += size
+            batch.rows += rows
+            batch.bytes += size
+            if self.answers_wait and batch.done is None:
+                batch.done = asyncio.get_running_loop().create_future()
+            return batch
         if self.answers_wait:
-            raise self._unwritable(f"{self._rows} rows wait for the disk")
+            raise self._unwritable(f"{self._rows} rows wait for the disk" if full else "it is closed")
         self.dropped_rows += rows
-        return False
+        return None
+
+    def _size(self, answered: Answered) -> int:
+        """Return about how many bytes answered rows hold."""
+        columns = len(answered.inputs) + len(answered.columns)
+        size = len(answered.ids) * columns * _VALUE_BYTES
+        for name in self._texts:
+            size += sum(map(len, filter(None, answered.inputs[name].tolist())))
+        return size
 
     def _unwritable(self, why: str) -> ServingError:
         return ServingError(
@@ -180,7 +228,7 @@ class PredictionLog:
 
     async def _write_repeatedly(self) -> None:
         every_s = self._settings.every.total_seconds()
-        while True:
+        while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), every_s)
             self._wake.clear()
@@ -188,7 +236,8 @@ class PredictionLog:
                 await self.flush()
             except OSError:
                 # It has been said; what waits is tried again.
-                await asyncio.sleep(every_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), every_s)
 
     async def _compact_repeatedly(self) -> None:
         every_s = self._settings.compact_every.total_seconds()
@@ -200,9 +249,27 @@ class PredictionLog:
             except Exception:
                 logger.exception("the prediction log could not be compacted; it is tried again")
 
+    async def _flush(self) -> int:
+        async with self._flushing:
+            batch, self._batch = self._batch, Batch()
+            outcome = _Outcome()
+            try:
+                if self._rows:
+                    outcome = await asyncio.get_running_loop().run_in_executor(
+                        self._thread, self._write, batch
+                    )
+                self._settle(outcome)
+            finally:
+                if batch.done is not None and not batch.done.done():
+                    batch.done.set_result(outcome.error)
+            if outcome.error is not None:
+                raise outcome.error
+            return outcome.written
+
     def _settle(self, outcome: _Outcome) -> None:
         """Take over what the writing thread has achieved."""
         self._rows -= outcome.written + outcome.dropped
+        self._bytes -= outcome.bytes
         self.dropped_rows += outcome.dropped
         if outcome.error is None:
             if self._failing is not None:
@@ -211,16 +278,18 @@ class PredictionLog:
             return
         if self.answers_wait:
             self._rows -= sum(frame.rows for frame in self._frames)
+            self._bytes -= sum(frame.bytes for frame in self._frames)
             self._frames.clear()
         if self._failing is None:
             logger.error("the prediction log cannot be written: %s", outcome.error)
         self._failing = str(outcome.error)
 
-    def _write(self, answered: list[Received], labels: list[Told]) -> _Outcome:
-        """Write the frames that wait, and then one of these; in the writing thread."""
+    def _write(self, batch: Batch) -> _Outcome:
+        """Write the frames that wait, and then those of this batch; in the writing thread."""
         outcome = _Outcome()
-        if answered or labels:
-            outcome.dropped = self._encode(answered, labels)
+        if batch.rows:
+            self._encode(batch)
+            outcome.dropped = sum(len(item.ids) for item in batch.lost)
         try:
             while self._frames:
                 # The very same bytes as in a failed try: who has seen these will see no others.
@@ -228,41 +297,35 @@ class PredictionLog:
                 self._writer.append(frame.sequence, frame.data)
                 self._frames.popleft()
                 outcome.written += frame.rows
+                outcome.bytes += frame.bytes
         except OSError as error:
             outcome.error = error
         return outcome
 
-    def _encode(self, answered: list[Received], labels: list[Told]) -> int:
-        """Make a frame; return how many rows had to be left out."""
+    def _encode(self, batch: Batch) -> None:
+        """Make a frame; where that cannot be, leave out what keeps it from being one."""
         try:
-            self._append_frame(answered, labels)
-            return 0
+            self._append_frame(batch.answered, batch.labels, batch.bytes)
+            return
         except Exception:
             logger.exception("some rows cannot be logged")
-        dropped = 0
-        for item in answered:
-            try:
-                self._append_frame([item], [])
-            except Exception:
-                dropped += len(item[1].ids)
-        for told in labels:
-            try:
-                self._append_frame([], [told])
-            except Exception:
-                dropped += len(told[1].ids)
-        return dropped
+        for item in batch.answered:
+            self._encode_alone(batch, [item], [])
+        for told in batch.labels:
+            self._encode_alone(batch, [], [told])
 
-    def _append_frame(self, answered: list[Received], labels: list[Told]) -> None:
+    def _append_frame(self, answered: list[Received], labels: list[Told], size: int) -> None:
         data = self._encoding.frame(self._sequence + 1, answered, labels)
         self._sequence += 1
         rows = sum(len(i.ids) for _, i in answered) + sum(len(i.ids) for _, i in labels)
-        self._frames.append(_Frame(self._sequence, rows, data))
+        self._frames.append(_Frame(self._sequence, rows, size, data))
 
 
 @dataclass(frozen=True)
 class _Frame:
     sequence: int
     rows: int
+    bytes: int
     data: bytes
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mlops_ray.errors import ServingError
 from mlops_ray.metadata.files import sync
 from mlops_ray.metadata.prediction_log.layout import REDACTED
 
@@ -53,7 +54,8 @@ def open_redaction(folder: Path, columns: Collection[str]) -> Redaction:
     """Return the redaction of a project's prediction log; it needs no key where nothing is redacted.
 
     Raises:
-        OSError: The key cannot be read or made.
+        ServingError: The key is damaged.
+        OSError: It cannot be read or made.
     """
     return Redaction(columns, project_key(folder) if columns else b"")
 
@@ -63,6 +65,10 @@ def project_key(folder: Path) -> bytes:
 
     It lies in the log's folder, readable by its owner alone. Without it nobody can tell what a digest
     stands for; where it is lost, new digests do not match those of before.
+
+    Raises:
+        ServingError: The key is damaged.
+        OSError: It cannot be read or made.
     """
     path = folder / "redaction.key"
     if not path.exists():
@@ -81,7 +87,15 @@ def project_key(folder: Path) -> bytes:
         finally:
             draft.unlink()
         sync(folder)
-    return path.read_bytes()
+    key = path.read_bytes()
+    if len(key) != _KEY_BYTES:
+        raise ServingError(
+            "the key of the prediction log's redaction is damaged",
+            where=str(path),
+            why=f"it has {len(key)} bytes, not {_KEY_BYTES}",
+            fix="restore it; without it, remove it: new digests then do not match those of before",
+        )
+    return key
 
 
 def chosen(ids: list[str], share: float) -> NDArray[np.bool_]:

@@ -7,7 +7,8 @@ import os
 import time
 from pathlib import Path
 
-from mlops_ray.metadata.files import sync
+from mlops_ray.metadata.files import make_folder, sync
+from mlops_ray.metadata.prediction_log.frames import file_head, sealed
 from mlops_ray.metadata.prediction_log.layout import (
     DRAFT,
     replica_folder,
@@ -36,6 +37,7 @@ class SegmentWriter:
         self._full_s = full_s
         self._file: int | None = None
         self._path = self._folder
+        self._head = b""
         self._bytes = 0
         self._opened_s = 0.0
 
@@ -48,14 +50,17 @@ class SegmentWriter:
         """
         try:
             self._file = self._current(sequence)
-            view = memoryview(frame)
+            data = sealed(frame, self._head)
+            # The head goes with the first frame: no file has a head alone.
+            view = memoryview(data if self._bytes else self._head + data)
+            written = len(view)
             while view:
                 view = view[os.write(self._file, view) :]
             os.fdatasync(self._file)
         except OSError:
             self._abandon()
             raise
-        self._bytes += len(frame)
+        self._bytes += written
 
     def close(self) -> None:
         """Close the file that is written to."""
@@ -70,7 +75,7 @@ class SegmentWriter:
         return self._begin(sequence) if self._file is None else self._file
 
     def _begin(self, sequence: int) -> int:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         # It gets its name when it is locked: nobody may take it for complete before.
         draft = self._folder / DRAFT
         draft.unlink(missing_ok=True)
@@ -82,7 +87,7 @@ class SegmentWriter:
         except OSError:
             os.close(file)
             raise
-        self._bytes, self._opened_s = 0, time.monotonic()
+        self._head, self._bytes, self._opened_s = file_head(), 0, time.monotonic()
         return file
 
     def _abandon(self) -> None:

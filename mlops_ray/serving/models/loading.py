@@ -69,7 +69,8 @@ class ModelSet:
     """The models of one epoch. Replaced as a whole, never changed.
 
     ``challengers`` are in the order of ``served.challengers``, where their shares are. ``packages``
-    are the models without the graph around them.
+    are the models without the graph around them. ``name`` is what they are registered as, where they
+    are not the endpoint's own.
     """
 
     served: ServedModels
@@ -77,6 +78,7 @@ class ModelSet:
     shadows: tuple[LoadedModel, ...]
     challengers: tuple[LoadedModel, ...] = ()
     packages: Mapping[Place, LoadedModel] = field(default_factory=dict)
+    name: str | None = None
 
     @property
     def all(self) -> tuple[LoadedModel, ...]:

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from typing import Protocol
 
@@ -122,7 +122,7 @@ class ManyModels:
 
     async def _load_first(self, name: str) -> ModelSet:
         try:
-            models = await self._load(await asyncio.to_thread(self._find, name), None)
+            models = await self._load(name, await asyncio.to_thread(self._find, name), None)
             self._refused.pop(name, None)
             self._models[name] = _Held(models, self._clock_s())
             while len(self._models) > self._many.keep:
@@ -142,7 +142,7 @@ class ManyModels:
         try:
             found = await asyncio.to_thread(self._find, name)
             if found != held.models.answer.spec:
-                held.models = await self._load(found, held.models)
+                held.models = await self._load(name, found, held.models)
         except Exception as error:
             version = held.models.answer.spec.version
             logger.error("model %s goes on as version %d: %s", name, version, error)
@@ -159,7 +159,7 @@ class ManyModels:
             raise _unknown(name)
         return ModelSpec(alias=self._many.alias, version=found.version, path=found.package)
 
-    async def _load(self, spec: ModelSpec, current: ModelSet | None) -> ModelSet:
+    async def _load(self, name: str, spec: ModelSpec, current: ModelSet | None) -> ModelSet:
         async with self._turn:
             served = ServedModels(answer=spec)
             models = await asyncio.to_thread(self._loader.load, served, current)
@@ -170,7 +170,7 @@ class ManyModels:
                 where=spec.path,
                 fix="serve it by an endpoint of that service",
             )
-        return models
+        return replace(models, name=name)
 
     def _refuse(self, name: str, error: ServingError) -> None:
         # A copy has no traceback, whose frames would keep the model that was being loaded.
