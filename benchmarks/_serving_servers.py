@@ -47,22 +47,30 @@ class Servers:
 
 
 @contextlib.contextmanager
-def serve(world: World) -> Iterator[Servers]:
-    """Start all servers, each in processes of its own; they end with the context."""
+def serve(world: World, *, peers: bool) -> Iterator[Servers]:
+    """Start all servers, each in processes of its own; they end with the context. Without ``peers``
+    there are only ours and the bare handler."""
     with ExitStack() as stack:
-        peers = [stack.enter_context(_peer(name, world)) for name in PEERS]
-        rays = {mode: _ray(stack, mode, world) for mode in ("throughput", "default")}
+        others = [stack.enter_context(_peer(name, world)) for name in PEERS] if peers else []
+        modes = ("throughput", "default") if peers else ("throughput",)
+        rays = {mode: _ray(stack, mode, world) for mode in modes}
         with ThreadPoolExecutor() as pool:
-            (token, direct_port), _ = pool.map(lambda ray: ray[0]("serve"), rays.values())
-        (ray, port), (_, default_port) = rays.values()
+            started = dict(
+                zip(rays, pool.map(lambda ray: ray[0]("serve"), rays.values()), strict=True)
+            )
+        token, direct_port = started["throughput"]
+        ray, port = rays["throughput"]
         path = f"/v1/models/{PROJECT}/predict"
         targets = [
             Target("ours", port, path, "ours", "throughput", token),
             Target(DIRECT, direct_port, path, "ours", "throughput", token),
             Target(BARE, port, f"/{BARE}", "features", "throughput"),
-            *peers,
-            Target("serve_default", default_port, f"/{BARE}", "features", "default"),
+            *others,
         ]
+        if peers:
+            targets.append(
+                Target("serve_default", rays["default"][1], f"/{BARE}", "features", "default")
+            )
         for target in targets:
             _wait(target, world)
         yield Servers({target.name: target for target in targets}, ray)

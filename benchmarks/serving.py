@@ -79,7 +79,8 @@ def run(*, quick: bool) -> list[dict[str, Any]]:
 
     Ours validates the request, looks up 24 features of three entities in LMDB and computes three more,
     sends a tenth of the customers to a challenger, logs every answer, counts, and checks a token. The
-    others are sent all 27 features as numbers, parse and predict. ``full_vs_bare`` is the worst of all
+    others are sent all 27 features as numbers, parse and predict. ``quick`` starts no other server than
+    the bare handler: to install their environments takes minutes. ``full_vs_bare`` is the worst of all
     cases, and so are the others; of BentoML, LitServe and MLflow the cases with one connection are
     apart (``…_one``). A case's speedup is the median of the rounds' ratios; beside it, p50, p99 and the
     processor time of all processes of the server for each request. Before it is measured, each server
@@ -90,7 +91,7 @@ def run(*, quick: bool) -> list[dict[str, Any]]:
     size = QUICK if quick else Size()
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         world = make(Path(name), size.entities, sorted({rows for _, rows in size.cases}))
-        with serve(world) as servers:
+        with serve(world, peers=not quick) as servers:
             for target in servers.targets.values():
                 _check(target, world)
             cases = _measure(servers, world, size)
@@ -157,7 +158,7 @@ def _described(case: Case) -> str:
 
 def _headlines(cases: list[Case]) -> list[dict[str, Any]]:
     results = []
-    for server, metric in NAMES.items():
+    for server, metric in _names(cases).items():
         apart = server in ("bentoml", "litserve", "mlflow_serve")
         several = [case for case in cases if case.connections > 1 or not apart]
         results.append(_worst(metric, server, several))
@@ -173,7 +174,12 @@ def _worst(metric: str, server: str, cases: list[Case]) -> dict[str, Any]:
 
 
 def _details(cases: list[Case]) -> list[dict[str, Any]]:
-    return [_compared(f"{m}_{case.name}", s, case) for case in cases for s, m in NAMES.items()]
+    names = _names(cases)
+    return [_compared(f"{m}_{case.name}", s, case) for case in cases for s, m in names.items()]
+
+
+def _names(cases: list[Case]) -> dict[str, str]:
+    return {server: metric for server, metric in NAMES.items() if server in cases[0].found}
 
 
 def _compared(metric: str, server: str, case: Case) -> dict[str, Any]:
@@ -205,9 +211,10 @@ def _latency(cases: list[Case]) -> list[dict[str, Any]]:
         pairs = zip(alone[32].found["ours"], alone[1].found["ours"], strict=True)
         results.append(_row("rows32_by_row1", [many.p50_ms / one.p50_ms for many, one in pairs]))
     for case in cases:
-        pairs = zip(case.found[DIRECT], case.found["uvicorn"], strict=True)
-        ratios = [ours.per_s / theirs.per_s for ours, theirs in pairs]
-        results.append(_row(f"direct_vs_uvicorn_{case.name}", ratios))
+        if "uvicorn" in case.found:
+            pairs = zip(case.found[DIRECT], case.found["uvicorn"], strict=True)
+            ratios = [ours.per_s / theirs.per_s for ours, theirs in pairs]
+            results.append(_row(f"direct_vs_uvicorn_{case.name}", ratios))
     return results
 
 
