@@ -34,6 +34,7 @@ def build(args: dict[str, Any]) -> Any:
         name="bare",
         max_ongoing_requests=int(args["max_ongoing_requests"]),
         ray_actor_options={"num_cpus": 1},
-        logging_config={"enable_access_log": False},
+        # As ours: with a lower level Serve would make a record of each request before it drops it.
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )(Bare)
     return deployment.bind(args["script"])

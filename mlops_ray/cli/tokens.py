@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -37,9 +38,13 @@ def tokens() -> None:
     "which lets requests be kept out of the log.",
 )
 @click.option(
-    "--rate", type=click.FloatRange(0, min_open=True), help="Requests a second, of each replica."
+    "--rate",
+    type=click.FloatRange(0, 1e9, min_open=True),
+    help="Requests a second, of each replica.",
 )
-@click.option("--burst", type=click.IntRange(1), help="Requests at once, beyond the rate.")
+@click.option(
+    "--burst", type=click.IntRange(1), help="Requests at once; by default what a second brings."
+)
 @_FILE
 def add(
     name: str, scopes: tuple[str, ...], rate: float | None, burst: int | None, path: Path | None
@@ -50,11 +55,16 @@ def add(
     """
     from mlops_ray.serving.endpoint import tokens as file
 
+    if rate is not None and math.isnan(rate):
+        raise click.BadParameter("give a number", param_hint="--rate")
+    if burst is not None and rate is None:
+        raise click.UsageError("--burst goes with --rate")
     allowed = tuple(s for s in file.SCOPES if s in scopes) or file.USUAL_SCOPES
     where = _path(path)
     token = file.add(where, name, allowed, rate=rate, burst=burst)
     click.echo(token)
     click.echo(f"kept in {where}; send it as: Authorization: Bearer {token[:6]}…", err=True)
+    click.echo(f"endpoints deployed with serving.security.tokens={where} ask for it", err=True)
 
 
 @tokens.command("list", short_help="List the tokens.")

@@ -304,6 +304,27 @@ def _reference_problems(project: Project, composed: Composed) -> Iterator[Proble
         file, line = composed.origin(path)
         hint = _did_you_mean(name, known) or f"There are: {', '.join(known)}."
         yield Problem(path, f"there is no feature service {name!r}.", file, line, hint)
+    else:
+        for what, hint in _redact_problems(project, name):
+            path = "serving.log.redact"
+            yield Problem(path, what, *composed.origin(path), hint)
+
+
+def _redact_problems(project: Project, service: str) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the names of what is redacted, and a hint."""
+    features, declared = project.features, project.features.services[service]
+    views = [features.on_demand[view] for view in declared.on_demand]
+    known = (
+        *declared.inputs,
+        *(f"{view}__{name}" for view in declared.views for name in features.views[view].features),
+        *(name for view in views for name in (*view.numeric, *view.categorical)),
+    )
+    for name in project.serving.log.redact:
+        if name == declared.time:
+            yield f"{name!r} is the time of a request, which is kept as it is.", "Leave it out."
+        elif name not in known:
+            what = f"{name!r} is neither an input nor a feature of service {service!r}."
+            yield what, _did_you_mean(name, known) or f"There are: {', '.join(known)}."
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

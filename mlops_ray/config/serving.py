@@ -17,7 +17,7 @@ class Autoscaling(Frozen):
     """How many replicas Ray Serve keeps; none at all, between requests, where ``min_replicas`` is 0.
 
     It goes by how many requests a replica has at once, or, where ``target_latency`` is set, by the
-    95th percentile of how long answers take; ``policy`` names a function of the project's own, with
+    95th percentile of how long predictions take; ``policy`` names a function of the project's own, with
     Ray Serve's signature of an autoscaling policy.
     """
 
@@ -53,8 +53,8 @@ class Routing(Frozen):
     run in shadow.
 
     ``sticky_by`` are inputs: rows that agree in them are answered by the same alias as long as the
-    shares stay. Without it, each request draws anew. Changed shares reach running replicas in place.
-    ``placement`` gives an alias processes of its own, for models that need other resources.
+    shares stay. Without it, a request goes by its first id. Changed shares reach running replicas in
+    place. ``placement`` gives an alias processes of its own, for models that need other resources.
     """
 
     shares: dict[Alias, Share] = Field(default_factory=dict)
@@ -98,8 +98,9 @@ class PredictionLog(Frozen):
 
     ``durability``: with ``interval`` an answer is on disk at most ``every`` later, and the time of one
     write, which is what a killed replica can lose; with ``answered`` it is on disk before the client
-    has it. A share ``sample`` of the predictions is kept, chosen by their ids; of the others only
-    what the monitor counts. Inputs and features named in ``redact`` are kept as a keyed digest: a
+    has it. A write waits for models in shadow, 1 s at most, with ``answered`` 0.1 s. A share
+    ``sample`` of the predictions is kept, chosen by their ids; of the others only what the monitor
+    counts. Inputs and features named in ``redact`` are kept as a keyed digest: a
     feature that is made of a redacted input is not redacted unless it is named, too. What is older
     than ``keep`` is removed, by whole days. Every ``compact_every``, what replicas have written goes
     into one Delta table.

@@ -46,8 +46,13 @@ class OnlineLookup:
 
     @property
     def degraded(self) -> str:
-        """What the last call did without the store: ``missing`` or ``stale``; nothing as a rule."""
+        """What this thread's last call did without the store: ``missing``, ``stale``, or nothing."""
         return "" if self._reader is None else self._reader.degraded
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the store did not answer when it was last asked: the next call may take long."""
+        return self._reader is not None and self._reader.is_gone
 
     @property
     def reads(self) -> dict[str, Reads]:

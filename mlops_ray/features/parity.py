@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlops_ray.config.base import Frozen, Instant
-from mlops_ray.config.features import Features
+from mlops_ray.config.features import Features, FeatureService
 from mlops_ray.features.code import code_digest_of
 from mlops_ray.features.columns import INSTANT, from_us, to_us
+from mlops_ray.features.definitions import ARROW_TYPES
 from mlops_ray.features.join import join_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.service import (
@@ -25,6 +26,7 @@ from mlops_ray.features.service import (
     on_demand_features,
     stored_columns,
 )
+from mlops_ray.metadata.prediction_log.fitting import forms_of
 from mlops_ray.metadata.prediction_log.layout import REDACTED
 from mlops_ray.metadata.prediction_log.reading import scan_predictions
 
@@ -100,7 +102,7 @@ def check_parity(
     """Join the logged requests offline as of their times and compare feature by feature.
 
     Equal are values with the same bits; NaN, null and a missing row are one and the same. Rows are
-    read in bounded batches.
+    read in bounded batches. What batches have scored is not compared: it was not asked online.
 
     Args:
         features: The declarations.
@@ -121,8 +123,8 @@ def check_parity(
         since = _window_start(log, window, known_us, until)
     tally = {name: _Tally(name) for name in (*numeric, *categorical)}
     rows = waiting = without = 0
-    for batch in scan_predictions(log, since=since, until=until):
-        found = batch.filter(pa.array(_is_whole(batch)))
+    for batch in scan_predictions(log, since=since, until=until, live=True):
+        found = batch.filter(pa.array(_is_whole(batch, declared)))
         without += batch.num_rows - found.num_rows
         if known_us is not None:
             known = found.filter(pc.less_equal(found[TIME], pa.scalar(known_us, INSTANT)))
@@ -178,22 +180,20 @@ def _window_start(
     """Return ``window`` before the newest logged time that can be compared, None without one."""
     end_us = known_us if until is None else min(known_us, to_us(until))
     newest_us = None
-    for table in scan_predictions(log, until=from_us(end_us), columns=[TIME]):
+    for table in scan_predictions(log, until=from_us(end_us), live=True, columns=[TIME]):
         table_us = pc.max(table[TIME].cast(pa.int64())).as_py()
         newest_us = table_us if newest_us is None else max(newest_us, table_us)
     return None if newest_us is None else from_us(newest_us) - window
 
 
-def _is_whole(batch: pa.Table) -> NDArray[np.bool_]:
+def _is_whole(batch: pa.Table, service: FeatureService) -> NDArray[np.bool_]:
     """Return which rows have all of their inputs as they were sent, bool [n]."""
-    whole = np.zeros(batch.num_rows, np.bool_)
     if INPUTS not in batch.column_names:
-        return whole
-    whole |= batch[INPUTS].is_valid().to_numpy()
-    for values in _fields(batch, INPUTS).values():
-        if pa.types.is_string(values.type):
-            hidden = pc.fill_null(pc.starts_with(values, REDACTED), False)
-            whole &= ~hidden.to_numpy()
+        return np.zeros(batch.num_rows, np.bool_)
+    whole: NDArray[np.bool_] = batch[INPUTS].is_valid().to_numpy()
+    for name, field in service.inputs.items():
+        _, known = _logged(batch[INPUTS], name, ARROW_TYPES[field.dtype])
+        whole = whole & known
     return whole
 
 
@@ -205,12 +205,18 @@ def _compare(
     tally: dict[str, _Tally],
     tolerance: float,
 ) -> None:
-    offline = _joined(features, service, store, pa.table(_fields(batch, INPUTS)))
-    online = _fields(batch, FEATURES)
+    inputs = {
+        name: _logged(batch[INPUTS], name, ARROW_TYPES[field.dtype])[0]
+        for name, field in features.services[service].inputs.items()
+    }
+    offline = _joined(features, service, store, pa.table(inputs))
+    _, categorical = feature_columns(features, service)
     for name, item in tally.items():
-        if name not in online or _is_redacted(online[name]):
-            continue
-        item.add(batch, _values(online[name]), offline[name], tolerance)
+        kind = pa.string() if name in categorical else pa.float64()
+        values, known = _logged(batch[FEATURES], name, kind)
+        if known.any():
+            rows = batch.filter(pa.array(known))
+            item.add(rows, _values(values)[known], offline[name][known], tolerance)
 
 
 def _joined(
@@ -224,24 +230,46 @@ def _joined(
     return stored | on_demand_features(features, service)(inputs_of(inputs, declared), stored)
 
 
-def _fields(batch: pa.Table, name: str) -> dict[str, pa.ChunkedArray]:
-    struct = batch[name]
-    return {field.name: pc.struct_field(struct, field.name) for field in struct.type}
+def _logged(
+    struct: pa.ChunkedArray, name: str, kind: pa.DataType
+) -> tuple[pa.ChunkedArray, NDArray[np.bool_]]:
+    """Return what was logged under a name, as ``kind``, and in which rows that is known, bool [n].
+
+    It may have been logged in several types, one after the other. It is not known where it is redacted
+    or cannot be of this kind, nor where nothing of that name was logged in any row.
+    """
+    fields = forms_of(struct.type, name)
+    values = pa.chunked_array([pa.nulls(len(struct), kind)])
+    known = np.full(len(struct), bool(fields))
+    for field in fields:
+        part, sound = _of_kind(pc.struct_field(struct, field.name), kind)
+        values = part if len(fields) == 1 else pc.coalesce(values, part)
+        known &= sound
+    return values, known
 
 
-def _is_redacted(column: pa.ChunkedArray) -> bool:
-    if not pa.types.is_string(column.type):
-        return False
-    first = column.drop_null().slice(0, 1).to_pylist()
-    return bool(first and first[0].startswith(REDACTED))
+def _of_kind(
+    values: pa.ChunkedArray, kind: pa.DataType
+) -> tuple[pa.ChunkedArray, NDArray[np.bool_]]:
+    sound = np.ones(len(values), np.bool_)
+    if pa.types.is_string(values.type):
+        redacted = pc.fill_null(pc.starts_with(values, REDACTED), False)
+        values = pc.if_else(redacted, None, values)
+        sound = ~redacted.to_numpy()
+    if values.type == kind:
+        return values, sound
+    try:
+        is_number = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
+        return values.cast(kind, safe=not (is_number and pa.types.is_floating(kind))), sound
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.chunked_array([pa.nulls(len(values), kind)]), sound & values.is_null().to_numpy()
 
 
 def _values(column: pa.ChunkedArray) -> NDArray[Any]:
     """Return floats with NaN for null, or an object array of texts with None."""
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_null(kind):
+    if pa.types.is_string(column.type):
         return np.array(column.to_pylist(), object)
-    return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
+    return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
 class _Tally:

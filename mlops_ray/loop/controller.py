@@ -29,6 +29,7 @@ from mlops_ray.monitoring.monitor import Monitor
 from mlops_ray.orchestration.jobs import JobCommand, JobOutcome, Jobs
 
 _MOST_SUBMISSIONS = 3
+_MOST_PASSES = 100
 
 
 class ControllerSpec(Frozen):
@@ -106,7 +107,8 @@ class Controller:
         # What was answered until now is of an earlier time, and must not come in later.
         self._world.flush()
         with self._turn, self._memory:
-            self.take_in()
+            while not self.take_in():
+                pass
             positions = self._monitor.positions
             self._monitor = Monitor(self._spec.monitoring)
             self._measurement = self._decision = None
@@ -130,11 +132,24 @@ class Controller:
             if self._monitor.observe(delta):
                 self._store.journal(delta)
 
-    def take_in(self) -> None:
-        """Take in what the replicas have written; each row counts once, whatever dies meanwhile."""
+    def take_in(self) -> bool:
+        """Take in what the replicas have written; each row counts once, whatever dies meanwhile.
+
+        Replicas write on meanwhile, perhaps faster than this reads: it ends where it has come up to what
+        was there, and at the latest after ``_MOST_PASSES``; the next call goes on from there.
+
+        Returns:
+            Whether it has come up to what was there.
+        """
         with self._memory:
-            while (delta := self._world.news(self._monitor.positions)) is not None:
+            for _ in range(_MOST_PASSES):
+                delta = self._world.news(self._monitor.positions)
+                if delta is None:
+                    return True
                 self.observe(delta)
+                if not delta.more:
+                    return True
+            return False
 
     def tick(self, now: datetime, *, start: bool = True) -> dict[str, Any]:
         """Measure and decide as of ``now``; nothing new for a moment that was judged already.

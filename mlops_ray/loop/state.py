@@ -23,6 +23,7 @@ from mlops_ray.config.base import Frozen, Instant
 from mlops_ray.errors import MonitoringError
 from mlops_ray.loop.policy import Evidence
 from mlops_ray.metadata.delta import Delta
+from mlops_ray.metadata.files import make_folder, sync, write_whole
 from mlops_ray.monitoring.measurement import ServedVersion
 from mlops_ray.monitoring.monitor import Monitor
 
@@ -94,7 +95,7 @@ class StateStore:
         self._generation += 1
         shutil.rmtree(self._journal_folder(), ignore_errors=True)
         self._write(self._generation_folder(), state, monitor)
-        _replace(self._folder / "CURRENT", str(self._generation).encode())
+        write_whole(self._folder / "CURRENT", str(self._generation).encode())
         self._journalled = 0
         shutil.rmtree(old_folder, ignore_errors=True)
         shutil.rmtree(old_journal, ignore_errors=True)
@@ -102,8 +103,8 @@ class StateStore:
     def journal(self, delta: Delta) -> None:
         """Keep a delta until the next ``save``."""
         folder = self._journal_folder()
-        folder.mkdir(exist_ok=True)
-        _replace(folder / f"{self._journalled:08d}.delta", pickle.dumps(delta))
+        make_folder(folder)
+        write_whole(folder / f"{self._journalled:08d}.delta", pickle.dumps(delta))
         self._journalled += 1
 
     def save_checkpoint(self, name: str, state: ControllerState, monitor: Monitor) -> None:
@@ -170,8 +171,11 @@ class StateStore:
         draft.mkdir()
         monitor.save(draft)
         (draft / "state.json").write_text(state.model_dump_json())
+        for path in (*draft.iterdir(), draft):
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
+        sync(folder.parent)
 
     def _cut_history(self, size: int) -> None:
         """Drop entries that were appended after the state that counts, such as half a line."""
@@ -187,9 +191,3 @@ class StateStore:
 
     def _history_path(self) -> Path:
         return self._folder / "history.jsonl"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_bytes(content)
-    os.replace(draft, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from mlops_ray.metadata.types import Endpoint
 from mlops_ray.orchestration.context import Context
 from mlops_ray.orchestration.jobs import JobCommand, shipped_directory, told_environment
 from mlops_ray.orchestration.marks import effect, ensure
+
+TOKEN_VARIABLE = "MLOPS_RAY_TOKEN"
+CA_VARIABLE = "MLOPS_RAY_CA_FILE"
 
 
 @ensure
@@ -65,6 +69,9 @@ def replay(
         replay: Period, step and concurrency.
         monitoring: What the controller watches.
         loop: When it retrains.
+
+    An endpoint that wants a token gets the one in ``MLOPS_RAY_TOKEN``, and one that speaks TLS is
+    checked against the certificate in the file that ``MLOPS_RAY_CA_FILE`` names.
     """
     from mlops_ray.features.online import open_online
     from mlops_ray.features.steps import open_pipeline, tell_versions
@@ -89,7 +96,11 @@ def replay(
 
     async def run() -> ReplayResult:
         async with AsyncClient(
-            endpoint, connections=replay.concurrency + 1, retries=None
+            endpoint,
+            token=os.environ.get(TOKEN_VARIABLE),
+            ca_file=os.environ.get(CA_VARIABLE),
+            connections=replay.concurrency + 1,
+            retries=None,
         ) as client:
             replayer = Replayer(
                 context.run_id,

@@ -20,8 +20,7 @@ from mlops_ray.metadata.types import Report
 from mlops_ray.monitoring.measurement import Measurement, ServedVersion
 from mlops_ray.monitoring.metrics import MonitorMetrics
 from mlops_ray.monitoring.monitor import reference_counts
-from mlops_ray.serving.client.http import Client
-from mlops_ray.serving.deployment.deploy import flush
+from mlops_ray.serving.deployment.deploy import describe, flush
 
 _READER = "monitor"
 _TELL_EVERY_S = 600.0
@@ -34,7 +33,6 @@ class ServeWorld:
         self._spec = spec
         self._home = Home(Path(spec.home))
         self._ledger = open_ledger(self._home)
-        self._client = Client(spec.endpoint)
         self._metrics = MonitorMetrics(spec.project)
         self._references: dict[str, tuple[str, dict[str, Counts]]] = {}
         self._reports: dict[int, Report | None] = {}
@@ -48,10 +46,12 @@ class ServeWorld:
     def news(self, positions: Mapping[str, int]) -> Delta | None:
         """Return what was answered beyond ``positions``; the log keeps what comes after them."""
         folder = self._home.predictions(self._spec.project)
+        found = read_news(folder, positions)
+        # Afterwards: a reader that cannot read must not keep the log from ever getting smaller.
         if positions != self._told or time.monotonic() - self._told_s > _TELL_EVERY_S:
             keep_from(folder, _READER, positions)
             self._told, self._told_s = dict(positions), time.monotonic()
-        return read_news(folder, positions)
+        return found
 
     def served(self) -> ServedVersion:
         """Ask the endpoint which version answers.
@@ -60,7 +60,7 @@ class ServeWorld:
             ServingError: The endpoint cannot be reached.
             MonitoringError: It has no model, or the model's package is not complete.
         """
-        described = self._client.metadata()
+        described = describe(self._spec.endpoint)
         alias = described["answer"]
         if alias is None:
             raise MonitoringError(

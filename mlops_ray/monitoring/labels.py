@@ -32,8 +32,8 @@ class LabelJoin:
     its labels, those count that became known within ``horizon`` of the prediction's time, and of
     these the one received last; so a label can be corrected, and adding the same table again changes
     nothing. (Of labels received together, the one known last counts, and then the larger one: the
-    rule of ``prediction_log.reading.read_labels``.) Memory is bounded: ``forget`` drops predictions older than ``keep`` and unmatched
-    labels older than ``horizon``.
+    rule of ``prediction_log.reading.read_labels``.) Memory is bounded: ``forget`` drops predictions
+    older than ``keep`` and unmatched labels older than ``horizon``.
 
     Args:
         horizon: The longest wait for a label.

@@ -58,7 +58,7 @@ class Monitor:
         self.rows_observed += len(delta.predictions)
         # Last: of what could not be taken in, nothing may be passed over.
         kept = {n: at for n, at in self.positions.items() if n not in delta.gone}
-        self.positions = kept | delta.positions
+        self.positions = {**kept, **delta.positions}
         return True
 
     def measure(

@@ -21,8 +21,6 @@ from mlops_ray.metadata.package import EncoderSpec
 Columns = Mapping[str, npt.NDArray[Any]]
 Inputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
-_FEW_ROWS = 512
-
 
 class Encoder:
     """Encodes columns as ``spec`` says. Immutable; safe to share between threads."""
@@ -39,7 +37,6 @@ class Encoder:
             {value: code for code, value in enumerate(vocabulary, start=1)}
             for vocabulary in spec.vocabularies
         ]
-        self._values = [pa.array(vocabulary, pa.string()) for vocabulary in spec.vocabularies]
 
     @classmethod
     def fit(cls, numeric: Columns, categorical: Columns, *, clip: float = 4.0) -> Self:
@@ -95,15 +92,9 @@ class Encoder:
                 encoded[:, count:] = missing[self._indicators].T
         return encoded
 
-    def _encode_values(
-        self, place: int, values: npt.NDArray[Any]
-    ) -> list[int] | npt.NDArray[np.int64]:
-        if len(values) < _FEW_ROWS:
-            code = self._codes[place].get
-            return [code(value, 0) for value in values.tolist()]
-        strings = pa.array(values, pa.string(), from_pandas=True)
-        found = pc.index_in(strings, value_set=self._values[place])
-        return np.asarray(pc.fill_null(pc.add(found, 1), 0), dtype=np.int64)
+    def _encode_values(self, place: int, values: npt.NDArray[Any]) -> list[int]:
+        code = self._codes[place].get
+        return [code(value, 0) for value in values.tolist()]
 
     def _missing(self, columns: Columns) -> TrainingError:
         absent = [name for name in self.spec.features if name not in columns]

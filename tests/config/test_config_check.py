@@ -349,3 +349,15 @@ def test_a_workflow_may_be_declared_in_python(workspace: Workspace) -> None:
     file.write_text("declared_by: shop_code.flows.nightly\nname: twice\n")
     with pytest.raises(ConfigError, match="name cannot be given beside it"):
         load_project(workspace, ["workflow=nightly"])
+
+
+def test_only_inputs_and_features_can_be_redacted(workspace: Workspace) -> None:
+    def redact(*names: str) -> str:
+        return f"+serving.log.redact=[{','.join(names)}]"
+
+    lines = problems(workspace, redact("custommer", "at", "facts__amount"))
+    assert len(lines) == 2
+    assert any("'custommer' is neither an input" in line for line in lines)
+    assert any("Did you mean customer?" in line for line in lines)
+    assert any("'at' is the time of a request" in line for line in lines)
+    load_project(workspace, ["workflow=small", redact("customer", "facts__amount")])

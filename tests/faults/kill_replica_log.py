@@ -117,10 +117,13 @@ async def answer_on(folder: Path, name: str, durability: str) -> None:
         written = []
         for _ in range(10):
             names = [f"{name}-{number + row}" for row in range(ROWS)]
-            log.add(answered(names))
+            added = log.add(answered(names))
             number += ROWS
             written += names
-        await log.written()
+        if log.answers_wait:
+            await log.written(added)
+        while log.pending_rows:
+            await asyncio.sleep(0.001)
         print(*written, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -106,3 +107,42 @@ def test_a_bounded_number_is_kept_those_last_read(read: list[int], most: int) ->
     found = store.read(fallback, keys)[0]
     newest = list(dict.fromkeys(reversed(read)))[:most]
     assert {int(value) for value in found if value is not None} == set(newest)
+
+
+def test_keys_without_a_row_take_no_place() -> None:
+    store, fallback = Store(), Fallback("stale", 1, 0, most=10)
+    real = [b"real%d" % number for number in range(10)]
+    store.rows = [dict.fromkeys(real, b"row")]
+    store.read(fallback, real)
+    store.read(fallback, [b"junk%d" % number for number in range(50)])
+    del store.rows[0][real[0]]
+    store.read(fallback, real[:1])
+    store.gone = True
+    assert store.read(fallback, real) == [[None] + [b"row"] * 9]
+
+
+def test_an_error_that_is_kept_does_not_grow() -> None:
+    store, fallback = Store(), Fallback("error", 2, silent_s=60)
+    store.gone = True
+
+    def frames() -> int:
+        with pytest.raises(ServerGoneError, match="does not answer") as caught:
+            store.read(fallback, *ALL)
+        return len(caught.traceback)
+
+    frames()
+    assert len({frames() for _ in range(20)}) == 1
+    assert store.asked == 1
+
+
+def test_what_a_thread_is_told_is_of_its_own_read() -> None:
+    store, fallback = Store(), Fallback("stale", 2, silent_s=0)
+    store.gone = True
+    store.read(fallback, *ALL)
+    assert fallback.is_gone
+    store.gone = False
+    other = threading.Thread(target=store.read, args=(fallback, *ALL))
+    other.start()
+    other.join()
+    assert fallback.degraded == "stale"
+    assert not fallback.is_gone

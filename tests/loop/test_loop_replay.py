@@ -164,7 +164,7 @@ class StandIn:
         label_columns = [
             [entry[0] for entry in labels],
             [entry[1] for entry in labels],
-            [datetime.fromisoformat(entry[2]) for entry in labels],
+            *[[datetime.fromisoformat(entry[2]) for entry in labels]] * 2,
         ]
         assert self.controller is not None
         self._flushes += 1

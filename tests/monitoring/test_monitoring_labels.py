@@ -26,9 +26,13 @@ def predictions(*rows: tuple[str, int, float], version: int = 1, shadow: bool = 
     return pa.table(columns)
 
 
-def labels(*rows: tuple[str, int | None, int]) -> pa.Table:
+def labels(*rows: tuple[str, int | None, int], received: int = 0) -> pa.Table:
+    at = START + received * HOUR
     return pa.Table.from_pylist(
-        [{"id": i, "label": label, "known_at": START + hours * HOUR} for i, label, hours in rows],
+        [
+            {"id": i, "label": label, "known_at": START + hours * HOUR, "received": at}
+            for i, label, hours in rows
+        ],
         schema=LABEL,
     )
 
@@ -56,21 +60,24 @@ facts = st.lists(
 def test_join_equals_brute_force_in_any_batches(
     stream: list[tuple[str, str, int, int]], seed: int
 ) -> None:
-    joined, first_prediction, first_label = join(), {}, {}
+    joined, first_prediction = join(), {}
+    told: list[tuple[str, int, int, int]] = []
     chance = random.Random(seed)
     for kind, key, hour, value in stream:
         if kind == "p":
             joined.add_predictions(predictions((key, hour, 0.5)))
             first_prediction.setdefault(key, hour)
         else:
-            joined.add_labels(labels((key, value, hour)))
-            first_label.setdefault((key, hour), value)
+            # They do not come in the order in which they were received.
+            received = chance.randrange(20)
+            joined.add_labels(labels((key, value, hour), received=received))
+            told.append((key, received, hour, value))
         if chance.random() < 0.3:
             labelled(joined)  # settling early may not change the outcome
     expected = {}
     for key, hour in first_prediction.items():
-        known = [at for name, at in first_label if name == key and at - hour <= 48]
-        expected[key] = float(first_label[key, max(known)]) if known else None
+        known = [fact for fact in told if fact[0] == key and fact[2] - hour <= 48]
+        expected[key] = float(max(known)[3]) if known else None
     assert labelled(joined) == expected
 
 

@@ -55,7 +55,7 @@ def deltas(days: int, rows: int = 200, version: int = 1, seed: int = 1) -> list[
         )
         outcomes = (chance.random(rows) < scores).astype(np.int8)
         known = [time + timedelta(hours=30) for time in times]
-        label_columns = [ids, outcomes, known]
+        label_columns = [ids, outcomes, known, known]
         late = pa.Table.from_arrays(
             [pa.array(c, f.type) for c, f in zip(label_columns, LABEL_SCHEMA, strict=True)],
             schema=LABEL_SCHEMA,

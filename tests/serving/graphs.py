@@ -52,3 +52,34 @@ def picky(scores: Any, columns: Columns) -> Any:
 
 def whole_scores_above_a_hundred(scores: Any, columns: Columns) -> Any:
     return np.where(columns["amount"] > 100, 100.0, scores)
+
+
+def made(columns: Columns) -> Columns:
+    return columns | {"moon_phase": np.ones(len(columns["amount"]))}
+
+
+def made_text(columns: Columns) -> Columns:
+    return columns | {"moon_phase": np.array(["full"] * len(columns["amount"]), dtype=object)}
+
+
+def in_place(columns: Columns) -> Columns:
+    columns["amount"] *= 2
+    return columns
+
+
+def scores_in_place(scores: Any, columns: Columns) -> Any:
+    scores /= 2
+    return scores
+
+
+def columns_in_place(scores: Any, columns: Columns) -> Any:
+    columns["amount"][:] = 0
+    return scores
+
+
+def strided(scores: Any, columns: Columns) -> Any:
+    return np.stack([scores, 1 - scores], axis=1)[:, 0]
+
+
+def right_for_one_row(scores: Any, columns: Columns) -> Any:
+    return scores[:1]

@@ -91,7 +91,7 @@ def open_local(
         features,
         "buys",
         lookup=OnlineLookup(features, "buys", store),
-        loader=ModelLoader(*feature_columns(features, "buys")),
+        loader=ModelLoader(*feature_columns(features, "buys"), graph=serving.graph),
         replica="r1",
         **more,
     )

@@ -327,3 +327,96 @@ def damaged(seed: int) -> bytes:
     for _ in range(chance.randint(1, 4)):
         content[chance.randrange(len(content))] = chance.randrange(256)
     return bytes(content)
+
+
+class Names:
+    """A table of which nothing but the names may be asked, and those only once."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = [names]
+
+    @property
+    def column_names(self) -> list[str]:
+        return self._names.pop()
+
+
+@pytest.mark.parametrize(
+    ("names", "field"),
+    [([*INPUTS, "9"], "9"), ([*INPUTS, "flight"], "flight"), ([*INPUTS][1:], next(iter(INPUTS)))],
+)
+def test_names_are_checked_once_and_before_anything_is_converted(
+    names: list[str], field: str
+) -> None:
+    table: Any = Names(names)
+    assert refused(lambda: SCHEMA.parse_table(table)) == (422, field, None)
+
+
+def in_common(columns: int, size: int) -> bytes:
+    """A stream whose text columns all lie on the bytes of the first one."""
+    table = pa.table({f"c{place}": ["x" * size] for place in range(columns)})
+    message = pa.ipc.read_message(table.to_batches()[0].serialize())
+    head, data = bytearray(message.metadata.to_pybytes()), message.body.to_pybytes()
+    text = data.find(b"xxxx")
+    places = head.find(struct.pack("<4q", 0, 0, 0, 8))
+    for place in range(columns):
+        head[places + 48 * place :][:48] = b""
+        struct.pack_into("<6q", head, places + 48 * place, 0, 0, 0, 8, text, size)
+    data = data[: text + (size + 63) // 64 * 64]
+    at = head.find(struct.pack("<q", len(message.body)))
+    struct.pack_into("<q", head, at, len(data))
+    batch = struct.pack("<Ii", 0xFFFFFFFF, len(head)) + bytes(head) + data
+    return table.schema.serialize().to_pybytes() + batch + struct.pack("<Ii", 0xFFFFFFFF, 0)
+
+
+def test_columns_on_the_same_bytes_are_refused() -> None:
+    assert read_stream(in_common(1, 4096))["c0"].to_pylist() == ["x" * 4096]
+    with pytest.raises(RequestError, match="bytes in common") as caught:
+        read_stream(in_common(20, 4096))
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 1000])
+def test_no_sound_table_counts_as_one_with_bytes_in_common(rows: int) -> None:
+    table = pa.table(
+        {
+            "text": pa.array(["ä" * (n % 5) for n in range(rows)], pa.large_string()),
+            "empty": pa.array([""] * rows, pa.string()),
+            "bool": pa.array([None if n % 3 == 0 else True for n in range(rows)], pa.bool_()),
+            "int": pa.array([n % 100 for n in range(rows)], pa.int8()),
+        }
+    )
+    for found in (table, table.slice(rows // 2), pa.concat_tables([table.slice(rows // 3), table])):
+        assert read_stream(stream(found)).equals(found)
+
+
+@pytest.mark.parametrize("order", [["n", "n.valid"], ["n.valid", "n"]])
+def test_arrows_nulls_stay_null_whatever_column_is_beside_them(order: list[str]) -> None:
+    inputs = {"n": RequestField(dtype="int", nullable=True)}
+    table = pa.table({"n": pa.array([None, 5]), "n.valid": [True, True]}).select(order)
+    assert refused(lambda: RequestSchema(inputs, 4).parse_table(table)) == (422, "n.valid", None)
+    both = RequestSchema({**inputs, "n.valid": RequestField(dtype="bool")}, 4).parse_table(table)
+    assert both.columns["n"].tolist() == [None, 5]
+    assert both.columns["n.valid"].tolist() == [True, True]
+
+
+def test_bounds_of_whole_numbers_are_exact() -> None:
+    inputs = {"n": RequestField(dtype="int", minimum=-(2.0**53), maximum=2.0**53)}
+    schema = RequestSchema(inputs, max_rows=4)
+    assert schema.parse_table(pa.table({"n": [2**53, -(2**53)]})).rows == 2
+    for wrong in (2**53 + 1, -(2**53) - 1):
+        assert refused(lambda w=wrong: schema.parse_table(pa.table({"n": [0, w]})))[2] == 1
+
+
+def test_nanoseconds_are_cut_towards_the_past_like_the_digits_of_a_text() -> None:
+    schema = RequestSchema({"t": RequestField(dtype="timestamp", nullable=True)}, max_rows=4)
+    column = pa.array([-500, 1999, None], pa.timestamp("ns", "UTC"))
+    found = schema.parse_table(pa.table({"t": column})).columns["t"]
+    assert found.astype(object).tolist()[2] is None
+    assert found[:2].astype(np.int64).tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("width", [2**31, 2**40, 2**48])
+def test_texts_that_are_wider_than_any_type_are_refused(width: int) -> None:
+    texts = RequestSchema({"s": RequestField(dtype="string")}, max_rows=4)
+    header = {"s": entry("U8", [0, width], 0, 0)}
+    assert refused(lambda: texts.parse_tensors(body(header, b"")))[:2] == (422, "s")

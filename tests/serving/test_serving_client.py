@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from serving import misbehaving
-from serving.misbehaving import Server, drop, half, later, says, silent, together
+from serving.misbehaving import Request, Server, drop, half, later, says, silent, together
 
 from mlops_ray import AsyncClient, Client, Hedging, Prediction, RequestError, Retries, ServingError
 from mlops_ray.serving.client import wire
+from mlops_ray.serving.client.hedging import Hedger
 from mlops_ray.serving.formats.answers import Answer, arrow_answer
 from mlops_ray.serving.formats.arrow_body import read_stream
 
@@ -344,6 +345,33 @@ def test_connections_are_kept_and_bounded(server: Server) -> None:
 
     asyncio.run(many())
     assert server.connections <= 4
+
+
+def test_waiting_for_a_connection_takes_from_the_time_that_is_told(server: Server) -> None:
+    server.script = [slow]
+
+    async def run() -> None:
+        async with AsyncClient(server.endpoint, connections=1, timeout_s=20) as client:
+            await asyncio.gather(*(client.predict(ROWS) for _ in range(2)))
+
+    asyncio.run(run())
+    told = [int(request.headers["x-request-timeout-ms"]) for request in server.requests]
+    assert told[1] <= 20_000 - 200
+
+
+async def slow(server: Server, request: Request, writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(0.3)
+    await misbehaving.answer(server, request, writer)
+
+
+def test_refusals_do_not_say_how_long_an_answer_takes(server: Server, ask: Ask) -> None:
+    learned: list[float] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Hedger, "learn", lambda self, latency_s: learned.append(latency_s))
+        server.script = [later(503)]
+        ask("predict", ROWS, retries=QUICK, hedging=Hedging())
+    assert len(server.requests) == 2
+    assert len(learned) == 1
 
 
 def test_a_closed_client_opens_again(server: Server) -> None:

@@ -60,7 +60,7 @@ def test_a_budget_lets_through_what_it_has_earned(
         if earns:
             budget.earn()
             calls += 1
-            balance = min(Fraction(reserve), balance + Fraction(share, 100))
+            balance = min(Fraction(max(1, reserve)), balance + Fraction(share, 100))
         else:
             found = budget.spend()
             assert found == (balance >= 1)
@@ -102,6 +102,13 @@ def test_a_given_delay_stays() -> None:
     for _ in range(100):
         hedger.learn(5.0)
     assert hedger.begin() == 0.2
+
+
+def test_a_budget_without_a_reserve_lets_through_what_it_earns() -> None:
+    budget = Budget(0.25, 0)
+    granted = [budget.earn() or budget.spend() for _ in range(40)]
+    assert sum(granted) == 10
+    assert granted[:4] == [False, False, False, True]
 
 
 def test_a_hedge_has_a_budget() -> None:

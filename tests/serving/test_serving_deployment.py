@@ -129,6 +129,13 @@ def test_every_answered_row_is_on_disk_after_a_flush(served: Served) -> None:
     assert "not-logged" not in written
 
 
+def test_replicas_say_what_the_endpoint_serves(served: Served, client: Client) -> None:
+    found, told = deployment.describe(served.address), client.metadata()
+    for name in ("answer", "versions", "epoch"):
+        assert found[name] == told[name]
+    assert found["packages"].keys() == found["versions"].keys()
+
+
 def test_deploying_the_same_again_changes_nothing(served: Served, client: Client) -> None:
     served.deploy(1, 1)
     before = client.metadata()

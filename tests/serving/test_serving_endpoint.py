@@ -165,11 +165,33 @@ async def test_broken_package_keeps_the_old(local: LocalShop) -> None:
             assert described["versions"] == {"champion": 1}
             assert described["refused"]["epoch"] == version
             assert why in described["refused"]["why"]
+            _, told = await local.call("GET", "/v1/models/shop/metadata")
+            assert told["refused"] == {"epoch": version}
+            assert str(local.packages[0].parent) not in json.dumps(told)
+            assert described["packages"] == {"champion": str(local.packages[0])}
             assert (await local.predict([shop.ROW]))["version"] == 1
     finally:
         logging.disable(logging.NOTSET)
     await local.endpoint.reconfigure(local.config(2))
     assert local.endpoint.describe()["refused"] is None
+    assert (await local.predict([shop.ROW]))["version"] == 2
+
+
+@asynchronous
+async def test_a_fault_of_the_loader_keeps_the_old(local: LocalShop) -> None:
+    await local.endpoint.reconfigure(local.config(1))
+    loader = local.endpoint.models._loader
+    real = loader.load
+    loader.load = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    logging.disable(logging.CRITICAL)
+    try:
+        await local.endpoint.reconfigure(local.config(2))
+    finally:
+        logging.disable(logging.NOTSET)
+    assert "division" in local.endpoint.describe()["refused"]["why"]
+    assert (await local.predict([shop.ROW]))["version"] == 1
+    loader.load = real  # type: ignore[method-assign]
+    await local.endpoint.reconfigure(local.config(2))
     assert (await local.predict([shop.ROW]))["version"] == 2
 
 
@@ -293,6 +315,7 @@ def fail_with(local: LocalShop, failure: Any) -> None:
 
     class Lookup:
         degraded = ""
+        is_gone = False
         reads: ClassVar[dict[str, Any]] = {}
         keys = ("customer", "shop")
 

@@ -223,22 +223,71 @@ async def test_tokens(shop_home: Home, packages: list[Path], tmp_path: Path) -> 
 
     async with client(local, 1) as found:
         assert await found.is_server_ready()
-        assert await found.is_model_ready("shop")
         assert (await refused(found.infer("shop", inputs())))[0] == "StatusCode.UNAUTHENTICATED"
-        for call in (found.get_server_metadata(), found.get_model_metadata("shop")):
+        for call in (
+            found.get_server_metadata(),
+            found.get_model_metadata("shop"),
+            found.is_model_ready("shop"),
+        ):
             assert (await refused(call))[0] == "StatusCode.UNAUTHENTICATED"
+        assert await found.is_model_ready("shop", headers=bearer(only))
         wrong = found.infer("shop", inputs(), headers=bearer(both[:-1]))
         assert (await refused(wrong))[0] == "StatusCode.UNAUTHENTICATED"
         unscoped = found.infer("shop", inputs(), headers=bearer(only))
         assert (await refused(unscoped))[0] == "StatusCode.PERMISSION_DENIED"
         assert await found.get_model_metadata("shop", headers=bearer(only))
         assert await found.infer("shop", inputs(), headers=bearer(both))
+        quiet = {"x-mlops-ray-log": "off"}
+        unlogged = found.infer("shop", inputs(), headers=bearer(both) | quiet)
+        assert (await refused(unlogged))[0] == "StatusCode.PERMISSION_DENIED"
         assert await found.infer("shop", inputs(), headers=bearer(slow))
     async with serving(local) as address:
         metadata = tuple(bearer(slow).items())
         error = await infer_refused(address, triton_request(inputs()), metadata)
     assert error.code() == Code.RESOURCE_EXHAUSTED
     assert 0 < int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) <= 1_000_000
+
+
+@asynchronous
+async def test_no_model_is_loaded_for_who_may_not_ask(
+    shop_home: Home, packages: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens.json"
+    token = tokens.add(path, "alice", ("metadata",))
+    asked: list[str] = []
+
+    async def many(name: str) -> Any:
+        asked.append(name)
+        return local.endpoint.models.own()
+
+    secured = Serving(security=Security(tokens=path), max_ongoing_requests=1, max_queued_requests=0)
+    local = open_local(shop_home, packages, Home(tmp_path / "log"), secured, many=many)
+    async with client(local, 1) as found:
+        status, _ = await refused(found.is_model_ready("cafe"))
+        assert (status, asked) == ("StatusCode.UNAUTHENTICATED", [])
+        headers = {"authorization": f"Bearer {token}"}
+        async with local.endpoint.limits.turn():
+            status, _ = await refused(found.is_model_ready("cafe", headers=headers))
+            assert (status, asked) == ("StatusCode.UNAVAILABLE", [])
+        assert await found.is_model_ready("cafe", headers=headers)
+        assert asked == ["cafe"]
+
+
+@asynchronous
+async def test_stale_features_are_told(local: LocalShop, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = local.endpoint.scoring.score
+
+    async def stale(*args: Any, **more: Any) -> Any:
+        answer = await real(*args, **more)
+        answer.stale = True
+        return answer
+
+    async with client(local, 1) as found:
+        fresh = (await found.infer("shop", inputs())).get_response()
+        assert not fresh.parameters
+        monkeypatch.setattr(local.endpoint.scoring, "score", stale)
+        told = (await found.infer("shop", inputs())).get_response()
+        assert told.parameters["x-mlops-ray-features"].string_param == "stale"
 
 
 @pytest.mark.parametrize("how", ["metadata", "parameter"])

@@ -335,6 +335,15 @@ def test_flaws_are_refused_by_field_and_row(
         assert caught.value.row == row
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_shape_of_many_sizes_is_not_multiplied_out(raw: bool) -> None:
+    request = triton_request(inputs()) if raw else listed(triton_request(inputs()))
+    request.inputs[2].shape[:] = [2] + [1] * 8
+    with pytest.raises(RequestError, match="shape of 1 to 8 sizes") as caught:
+        read(request)
+    assert (caught.value.status, caught.value.field) == (422, request.inputs[2].name)
+
+
 VALID = triton_request(inputs()).SerializeToString()
 LISTED = listed(triton_request(inputs())).SerializeToString()
 

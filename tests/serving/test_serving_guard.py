@@ -132,6 +132,37 @@ def test_a_file_that_is_broken_changes_nothing_and_one_that_is_gone_closes(
         Guard(path)
 
 
+def test_a_token_taken_away_stays_out_when_the_file_could_not_be_read_at_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = bearer(tokens.add(path, "alice"))
+    tokens.add(path, "bob")
+    guard = Guard(path)
+    tokens.remove(path, "alice")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", _failing)
+        for _ in range(3):
+            guard.refresh()
+    assert caplog.text.count("the tokens stay as they were") == 1
+    guard.check(token, "predict")
+    guard.refresh()
+    assert refusal(guard, token).status == 401
+
+
+def _failing(*_: object) -> bytes:
+    raise OSError(5, "the disk does not answer")
+
+
+@pytest.mark.parametrize("field", [{"digest": "no hex"}, {"digest": "00"}, {"rate": "Infinity"}])
+def test_a_file_with_values_that_cannot_be_is_refused(path: Path, field: dict[str, str]) -> None:
+    tokens.add(path, "alice")
+    content = json.loads(path.read_text())
+    content["tokens"][0] |= field
+    path.write_text(json.dumps(content))
+    with pytest.raises(ServingError, match="cannot be read"):
+        Guard(path)
+
+
 def test_without_a_file_everyone_may() -> None:
     assert Guard(None).check(None, "predict").name == ""
 
@@ -149,6 +180,8 @@ def test_the_verb(path: Path) -> None:
     assert isinstance(again.exception, ServingError)
     assert run(verb, ["remove", "alice", "--file", str(path)]).exit_code == 0
     assert refusal(Guard(path), bearer(token), "explain").status == 401
+    for wrong in (["--rate", "nan"], ["--rate", "inf"], ["--burst", "3"]):
+        assert run(verb, ["add", "eve", *wrong, "--file", str(path)]).exit_code == 2
     assert isinstance(run(verb, ["remove", "x", "--file", str(path)]).exception, ServingError)
 
 
@@ -192,3 +225,32 @@ def test_each_route_asks_for_its_scope(
         assert headers["www-authenticate"] == 'Bearer realm="mlops-ray"'
 
     asyncio.run(serve())
+
+
+def test_keeping_out_of_the_log_is_a_right_of_its_own(
+    shop_home: Home, packages: list[Path], tmp_path: Path, path: Path
+) -> None:
+    import asyncio
+
+    usual, probe = tokens.add(path, "usual"), tokens.add(path, "probe", tokens.SCOPES)
+    label = {"labels": [{"id": "a", "label": 1}]}
+
+    async def serve() -> None:
+        serving = Serving.model_validate({"security": {"tokens": str(path)}})
+        local = open_local(shop_home, packages, Home(tmp_path / "log"), serving)
+        await local.endpoint.reconfigure(local.config(1))
+        pending = []
+        for token, quiet, wanted in (
+            (usual, {"x-mlops-ray-log": "Off"}, 403),
+            (probe, {"x-mlops-ray-log": "off"}, 200),
+            (usual, {}, 200),
+        ):
+            headers = {"authorization": f"Bearer {token}"} | quiet
+            for route, body in (("predict", {"rows": [shop.ROW]}), ("feedback", label)):
+                called = await local.call("POST", f"/v1/models/shop/{route}", body, headers)
+                assert called[0] == wanted
+            pending.append(local.endpoint.log.pending_rows)
+        assert pending == [0, 0, 2]
+
+    asyncio.run(serve())
+    assert "unlogged" not in tokens.read(path)[0].scopes

@@ -364,3 +364,11 @@ def test_tensors_that_were_read_elsewhere() -> None:
     lying = tensors.Tensor("gate", "INT64", (3,), ARRAYS["gate"])
     with pytest.raises(RequestError, match="gate has 2 values"):
         PROTOCOL.request([*given_tensors[2:], lying])
+
+
+def test_data_in_two_places_is_refused() -> None:
+    item = {"name": "gate", "shape": [0], "datatype": "INT64", "data": [1]}
+    item["parameters"] = {"binary_data_size": 0}
+    with pytest.raises(RequestError, match="both") as caught:
+        PROTOCOL.read(json.dumps({"inputs": [item]}).encode(), None)
+    assert caught.value.status == 400

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,9 +21,20 @@ from serving.log_samples import AT_US, INPUTS, answered, open_log
 
 from mlops_ray.config.features import RequestField
 from mlops_ray.config.serving import PredictionLog as Settings
-from mlops_ray.metadata.prediction_log.layout import segments, table_folder
+from mlops_ray.errors import ServingError
+from mlops_ray.metadata.prediction_log.layout import (
+    KINDS,
+    replica_folder,
+    segments,
+    table_folder,
+)
 from mlops_ray.metadata.prediction_log.news import keep_from, read_news
 from mlops_ray.metadata.prediction_log.reading import read_labels, read_predictions
+from mlops_ray.metadata.prediction_log.tables import (
+    open_table,
+    read_positions,
+    remove_old_positions,
+)
 from mlops_ray.serving.formats.feedback import Feedback
 from mlops_ray.serving.log import compaction
 from mlops_ray.serving.log.compaction import Compacted, compact, optimize
@@ -249,3 +262,36 @@ def test_small_files_of_past_days_are_merged(
     write(tmp_path, ["d"])
     assert compact(tmp_path) is not None
     assert stored(tmp_path) == ["a", "b", "c", "d"]
+
+
+def test_what_a_table_remembers_of_replicas_does_not_grow_for_ever(tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path, [f"a{number}"], replica=f"r{number}")
+        assert compact(tmp_path) is not None
+        for replica in segments(tmp_path):
+            shutil.rmtree(replica_folder(tmp_path, replica))
+    for kind in KINDS:
+        table = open_table(tmp_path, kind)
+        assert [name.partition("-")[0] for name in read_positions(tmp_path, kind, table)] == ["r4"]
+        table.create_checkpoint()
+        log = table_folder(tmp_path, kind) / "_delta_log"
+        checkpoint = polars.read_parquet(next(log.glob("*.checkpoint.parquet")))
+        assert checkpoint["txn"].drop_nulls().len() == 1
+        written = sorted((tmp_path / "tables/positions").glob(f"{kind}-*"))
+        assert len(written) == 5
+        for path in written:
+            os.utime(path, (0, 0))
+        remove_old_positions(tmp_path, kind, table)
+        assert sorted((tmp_path / "tables/positions").glob(f"{kind}-*")) == written[-1:]
+    assert stored(tmp_path) == [f"a{number}" for number in range(5)]
+
+
+def test_lost_positions_are_an_error_and_no_second_count(tmp_path: Path) -> None:
+    write(tmp_path, ["a"])
+    keep_from(tmp_path, "monitor", {})
+    assert compact(tmp_path) is not None
+    shutil.rmtree(tmp_path / "tables/positions")
+    with pytest.raises(ServingError, match="not known up to where"):
+        compact(tmp_path)
+    with pytest.raises(ServingError, match="not known up to where"):
+        read_predictions(tmp_path)

@@ -79,6 +79,33 @@ def test_the_latency_for_scaling_is_that_since_the_last_call() -> None:
     assert recorder.latency_p95_s() == 0
 
 
+def test_scaling_goes_by_predictions_and_not_by_what_is_refused_or_asked_about_health() -> None:
+    recorder = Recorder("shop", None)
+    for action, status in {("health", 200), ("metadata", 200), ("predict", 401), ("infer", 404)}:
+        for _ in range(100):
+            recorder.request(action, status, seconds=0.0001)
+    assert recorder.latency_p95_s() == 0
+    for action, status in {("predict", 200), ("infer", 200), ("grpc_infer", 200), ("infer", 504)}:
+        recorder.request("health", 200, seconds=0.0001)
+        recorder.request(action, status, seconds=2.0)
+        assert recorder.latency_p95_s() == 2
+
+
+def test_models_of_other_names_are_told_apart() -> None:
+    kept = Kept()
+    recorder = Recorder("shop", kept)
+    for model, rows in ((None, 1), ("cafe", 2)):
+        recorder.request("predict", 200, "champion", 1, 0.01, model)
+        recorder.scored("champion", 1, rows, model)
+        recorder.stage("model", 0.01, "champion", 1, model)
+    recorder.publish({}, {})
+    for model, rows in (("shop", 1), ("cafe", 2)):
+        assert kept.of("mlops_ray_requests", model=model) == 1
+        assert kept.of("mlops_ray_rows", model=model) == rows
+        assert kept.of("mlops_ray_stage_seconds_count", model=model) == 1
+        assert kept.of("mlops_ray_request_seconds_count", model=model) == 1
+
+
 def test_an_endpoint_counts_what_it_did(
     shop_home: Home, packages: list[Path], tmp_path: Path
 ) -> None:

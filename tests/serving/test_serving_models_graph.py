@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from serving import shop
+from serving.harness import open_local
 
 from mlops_ray.config import targets
-from mlops_ray.config.serving import Graph
+from mlops_ray.config.serving import Graph, Serving
 from mlops_ray.errors import MlopsRayError, ServingError
 from mlops_ray.features.service import feature_columns
 from mlops_ray.metadata import package
+from mlops_ray.metadata.home import Home
+from mlops_ray.metadata.prediction_log.reading import read_predictions
+from mlops_ray.serving.formats.answers import Answer, json_answer
 from mlops_ray.serving.models.loading import ModelLoader, ModelSet
 from mlops_ray.serving.models.served import Challenger, ModelSpec, ServedModels
 from mlops_ray.training.inference import Predictor
@@ -120,11 +125,15 @@ def test_a_member_that_is_not_served_is_refused_by_name(packages):
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
-        ({"before": ("serving.graphs.shorter",)}, "gave no columns of 1 rows"),
-        ({"before": ("serving.graphs.no_columns",)}, "gave no columns of 1 rows"),
+        ({"before": ("serving.graphs.shorter",)}, "gave no columns of 2 rows"),
+        ({"before": ("serving.graphs.no_columns",)}, "gave no columns of 2 rows"),
         ({"after": ("serving.graphs.logits",)}, "scores between 0 and 1"),
         ({"after": ("serving.graphs.one_score",)}, "scores between 0 and 1"),
         ({"after": ("serving.graphs.picky",)}, "no amount"),
+        ({"after": ("serving.graphs.right_for_one_row",)}, "gave no 2 scores"),
+        ({"before": ("serving.graphs.in_place",)}, "read-only"),
+        ({"after": ("serving.graphs.scores_in_place",)}, "read-only"),
+        ({"after": ("serving.graphs.columns_in_place",)}, "read-only"),
     ],
 )
 def test_functions_that_do_not_fit_are_found_when_models_are_loaded(packages, graph, message):
@@ -197,3 +206,49 @@ def test_members_in_other_processes_score_at_the_same_time(packages, single):
     wanted = (0.2 + single[0].predict(rows()) + 0.8) / 8
     close(asyncio.run(asyncio.wait_for(scorer.apredict(rows()), 10)), wanted)
     close(scorer.predict(rows()), wanted)
+
+
+def test_scores_are_contiguous_whatever_a_function_gives(packages, single):
+    answer = load(packages, Graph(after=(f"{HERE}.strided",))).answer
+    for found in (answer.scorer.predict(rows(3)), answer.explain(rows(3)).scores):
+        close(found, single[0].predict(rows(3)))
+        written = Answer("shop", 1, "champion", ["a", "b", "c"], found, [0, 0, 0])
+        assert len(orjson.loads(json_answer(written))["scores"]) == 3
+
+
+def test_models_may_read_what_a_function_makes(tmp_path):
+    path = shop.write_package(tmp_path / "m", 5, extra=("moon_phase",))
+    served_ = ServedModels(answer=ModelSpec(alias="champion", version=1, path=str(path)))
+    names = feature_columns(shop.features(), "buys")
+    answer = ModelLoader(*names, graph=Graph(before=(f"{HERE}.made",))).load(served_, None).answer
+    wanted = Predictor(package.read(path)).predict(rows(4) | {"moon_phase": np.ones(4)})
+    close(answer.scorer.predict(rows(4)), wanted)
+    explained = answer.explain(rows(4))
+    close(explained.scores, wanted)
+    assert set(explained.contributions) == {*names[0], *names[1]}
+    for graph in (
+        Graph(),
+        Graph(before=(f"{HERE}.doubled",)),
+        Graph(before=(f"{HERE}.made_text",)),
+    ):
+        with pytest.raises(ServingError, match="moon_phase"):
+            ModelLoader(*names, graph=graph).load(served_, None)
+
+
+def test_an_endpoint_answers_and_logs_what_reads_a_made_feature(shop_home, tmp_path):
+    path = shop.write_package(tmp_path / "m", 5, extra=("moon_phase",))
+    home, serving = Home(tmp_path / "log"), Serving(graph=Graph(before=(f"{HERE}.made",)))
+    local = open_local(shop_home, [path], home, serving)
+
+    async def story() -> None:
+        await local.endpoint.reconfigure(local.config(1))
+        body = orjson.dumps({"rows": [shop.ROW], "ids": ["a"]})
+        for action in ("predict", "explain"):
+            status, _, content = await local.send("POST", f"/v1/models/shop/{action}", body, {})
+            assert status == 200, content
+        await local.endpoint.flush()
+
+    asyncio.run(story())
+    logged = read_predictions(home.predictions("shop")).to_pylist()
+    assert [row["id"] for row in logged] == ["a"]
+    assert "moon_phase" not in logged[0]["features"]

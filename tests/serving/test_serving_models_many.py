@@ -103,6 +103,7 @@ def test_a_model_is_loaded_once_when_it_is_first_asked_for():
         assert bench.models.held == {}
         found = await asyncio.gather(*(bench.version("shop_a") for _ in range(50)))
         assert found == [3] * 50
+        assert (await bench.models.get("shop_a")).name == "shop_a"
         for _ in range(50):
             await bench.version("shop_a")
         assert bench.loader.loads == {"/shop_a/3/sound": 1}
@@ -279,5 +280,33 @@ def test_real_packages_answer_and_those_with_other_features_do_not(packages: lis
         assert found.answer.form != "remote"
         with pytest.raises(ServingError, match="moon_phase"):
             await models.get("shop_strange")
+
+    asyncio.run(story())
+
+
+def test_names_that_are_not_there_keep_nobody_else_waiting():
+    async def story() -> None:
+        bench = Bench(shop_a=1)
+        gate, seen = threading.Event(), bench.shelf.find
+
+        def slow(ref: str) -> ModelVersion | None:
+            gate.wait(10)
+            return seen(ref)
+
+        bench.shelf.find = slow  # type: ignore[method-assign]
+        calls = [asyncio.create_task(bench.version(f"shop_{n}")) for n in range(400)]
+        await asyncio.sleep(0.05)
+        late = [call for call in calls if call.done()]
+        assert len(late) == 400 - module.WAITING_LOOKUPS
+        for call in late:
+            refused = call.exception()
+            assert isinstance(refused, RequestError)
+            assert (refused.status, refused.retry_after_s) == (503, 1.0)
+        await asyncio.wait_for(asyncio.to_thread(bool), 5)
+        gate.set()
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        statuses = [error.status for error in found if isinstance(error, RequestError)]
+        assert statuses.count(404) == module.WAITING_LOOKUPS
+        assert await bench.version("shop_a") == 1
 
     asyncio.run(story())

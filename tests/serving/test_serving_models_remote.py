@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import pickle
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError, RayTaskError
 from serving import shop
 from serving.harness import free_port
 
@@ -19,6 +21,7 @@ from mlops_ray.serving.deployment import runtime
 from mlops_ray.serving.models import remote
 from mlops_ray.serving.models.loading import ModelLoader
 from mlops_ray.serving.models.remote import ModelServer, RemoteScorer
+from mlops_ray.serving.models.scorer import ModelGoneError
 from mlops_ray.serving.models.served import ModelSpec, ServedModels
 from mlops_ray.training.inference import Predictor
 
@@ -79,6 +82,42 @@ def test_calls_that_are_there_at_once_are_scored_together():
         assert model.batches == [1, 40]
 
     asyncio.run(story())
+
+
+class Broken:
+    """A handle whose calls fail."""
+
+    is_initialized = True
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.score = self
+
+    def remote(self, path: str, columns: Any) -> Any:
+        return self
+
+    def result(self, timeout_s: float) -> Any:
+        raise self.error
+
+    def __await__(self) -> Any:
+        raise self.error
+        yield
+
+
+def test_a_process_that_is_gone_is_told_from_a_model_that_fails():
+    raised = RayTaskError("score", "traceback", ValueError("poison"))
+    cases = [
+        (raised, False),
+        (raised.as_instanceof_cause(), False),
+        (RayActorError(), True),
+        (TimeoutError(), True),
+    ]
+    for error, is_gone in cases:
+        scorer = RemoteScorer(Broken(error), "path", ["x"])
+        for call in (scorer.predict, lambda columns, s=scorer: asyncio.run(s.apredict(columns))):
+            with pytest.raises(ServingError) as caught:
+                call(x(1))
+            assert isinstance(caught.value, ModelGoneError) is is_gone
 
 
 def test_a_batch_has_a_bound(monkeypatch):
@@ -156,16 +195,22 @@ def test_a_package_is_loaded_once_and_the_two_used_last_are_held():
 
 def test_a_broken_package_fails_those_who_ask_and_nobody_else():
     async def story() -> None:
-        shelf = Shelf()
-        server = ModelServer(load=shelf.load)
-        await server.reconfigure({"paths": ["1"]})
+        shelf, now_s = Shelf(), [100.0]
+        server = ModelServer(load=shelf.load, clock_s=lambda: now_s[0])
+        await server.reconfigure({"paths": ["1", "2"]})
         await server.reconfigure({"paths": ["broken"]})
+        for _ in range(5):
+            with pytest.raises(ArtifactError):
+                await server.score("broken", x(0))
+        assert (await server.score("1", x(0)))[0] == 1
+        assert (await server.score("2", x(0)))[0] == 2
+        assert shelf.loads == ["1", "2", "broken"]
+        now_s[0] += remote.REFUSED_S
         with pytest.raises(ArtifactError):
             await server.score("broken", x(0))
-        assert (await server.score("1", x(0)))[0] == 1
-        assert shelf.loads.count("1") == 1
-        shelf.load = lambda path: Model(4.0)  # type: ignore[method-assign]
-        server._load = shelf.load
+        assert shelf.loads == ["1", "2", "broken", "broken"]
+        now_s[0] += remote.REFUSED_S
+        server._load = lambda path: Model(4.0)
         assert (await server.score("broken", x(0)))[0] == 4
 
     asyncio.run(story())
@@ -275,3 +320,30 @@ def test_a_model_of_a_real_deployment_answers_threads_and_event_loops(
             broken.predict(columns(1))
     finally:
         serve.delete("models")
+
+
+class Short(Model):
+    """Scores all rows but the last."""
+
+    def predict(self, columns: Any) -> Any:
+        return super().predict(columns)[:-1]
+
+
+def test_scores_of_another_number_of_rows_are_refused():
+    async def story() -> None:
+        server = ModelServer(load=lambda path: Short())
+        calls = [server.score("0", x(n, n)) for n in (1, 2, 3)]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(result) for result in found] == [ValueError] * 3
+
+    asyncio.run(story())
+
+    class Silent(Handle):
+        def remote(self, path: str, columns: Any) -> Any:
+            done: Any = concurrent.futures.Future()
+            done.set_result(np.array([0.5]))
+            return Response(done)
+
+    scorer = RemoteScorer(Silent(ModelServer()), "0", ["x"])
+    with pytest.raises(ServingError, match="for 2 rows"):
+        scorer.predict(x(1, 2))

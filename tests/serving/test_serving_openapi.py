@@ -28,6 +28,7 @@ from mlops_ray.serving.formats.request import RequestSchema
 ODD = {
     "a b": RequestField(dtype="int", minimum=2.5, maximum=3.5),
     "low": RequestField(dtype="float", maximum=-3),
+    "under": RequestField(dtype="int", maximum=-1.5),
     "high": RequestField(dtype="int", minimum=7, nullable=True),
 }
 SECURE = Serving(security=Security.model_validate({"tokens": "tokens.json"}))

@@ -21,7 +21,7 @@ from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.online import open_online
 from mlops_ray.features.parity import ParityReport, check_parity
 from mlops_ray.metadata.home import Home
-from mlops_ray.metadata.prediction_log.frames import encode
+from mlops_ray.metadata.prediction_log.frames import encode, file_head, sealed
 from mlops_ray.metadata.prediction_log.layout import segments
 from mlops_ray.metadata.prediction_log.reading import read_predictions
 from mlops_ray.orchestration.context import Context, Silent
@@ -87,7 +87,9 @@ def rewritten(asked: LocalShop, change: Callable[[pa.Table], pa.Table]) -> None:
     log = asked.home.predictions("shop")
     rows = change(read_predictions(log))
     (segment,) = next(iter(segments(log).values()))
-    segment.path.write_bytes(encode(segment.first, rows, None, None, {}))
+    head = file_head()
+    frame = encode(segment.first, rows, None, None, {})
+    segment.path.write_bytes(head + sealed(frame, head))
     assert compact(log) is not None
 
 
@@ -223,6 +225,59 @@ def test_redacted_features_are_not_compared(
     report = check(local, offline)
     assert (report.rows, report.breached) == (1, False)
     assert set(report.not_logged) == {"hour", "shop_day__mean_1d"}
+
+
+def test_what_batches_scored_is_not_compared(asked: LocalShop, offline: OfflineStore) -> None:
+    def by_batch(rows: pa.Table) -> pa.Table:
+        """The newest two of the three rows."""
+        route = pa.array(["champion", "batch", "batch"])
+        return rows.sort_by("time").set_column(rows.column_names.index("route"), "route", route)
+
+    rewritten(asked, by_batch)
+    report = check(asked, offline, window=timedelta(minutes=1))
+    assert (report.rows, report.waiting, report.without_inputs) == (1, 0, 0)
+    assert report.since == shop.NOW - timedelta(hours=1, seconds=1) - timedelta(minutes=1)
+
+
+def test_what_was_logged_in_several_types_is_one(asked: LocalShop, offline: OfflineStore) -> None:
+    """A row as text, one as it is declared, and one redacted; two types of a feature likewise."""
+
+    def typed(rows: pa.Table) -> pa.Table:
+        rows = rows.sort_by("id")
+        for name, column, kind in (
+            ("inputs", "shop", pa.int64()),
+            ("features", "hour", pa.float64()),
+        ):
+            logged = rows[name].combine_chunks()
+            values = logged.field(column).cast(kind).to_pylist()
+            hidden = "redacted:0123" if name == "inputs" else None
+            texts = pa.array([str(values[0]), None, hidden])
+            rest = pa.array([None, values[1], values[2] if hidden is None else None], kind)
+            fields = {field.name: logged.field(field.name) for field in logged.type}
+            fields |= {column: texts, f"{column}__{kind}": rest}
+            struct = pa.StructArray.from_arrays(list(fields.values()), list(fields))
+            rows = rows.set_column(rows.column_names.index(name), name, struct)
+        return rows
+
+    rewritten(asked, typed)
+    report = check(asked, offline)
+    assert (report.rows, report.without_inputs, report.breached) == (2, 1, False)
+    assert all(item.rows == 2 for item in report.features)
+
+
+def test_a_redacted_feature_is_left_out_row_by_row(asked: LocalShop, offline: OfflineStore) -> None:
+    def redacted(rows: pa.Table) -> pa.Table:
+        logged = rows["features"].combine_chunks()
+        fields = {field.name: logged.field(field.name) for field in logged.type}
+        fields["coupon"] = pa.array([*fields["coupon"].to_pylist()[:2], "redacted:0123"])
+        struct = pa.StructArray.from_arrays(list(fields.values()), list(fields))
+        return rows.set_column(rows.column_names.index("features"), "features", struct)
+
+    rewritten(asked, redacted)
+    report = check(asked, offline)
+    assert not report.breached
+    assert {item.feature: item.rows for item in report.features}["coupon"] == 2
+    assert report.rows == 3
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mlops_ray.config.features import RequestField
 from mlops_ray.errors import RequestError
 from mlops_ray.serving.formats.feedback import parse_feedback
-from mlops_ray.serving.formats.instants import instant
+from mlops_ray.serving.formats.instants import instant, instants
 from mlops_ray.serving.formats.request import PredictRequest, RequestSchema
 
 NOW = datetime(2024, 3, 1, tzinfo=UTC)
@@ -180,14 +180,47 @@ moments = st.datetimes(
 )
 
 
+FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+
+
 @given(moments)
 @example(datetime.min.replace(tzinfo=timezone(timedelta(hours=14))))
 @example(datetime.max.replace(tzinfo=timezone(timedelta(hours=-12))))
+@example(datetime.min.replace(tzinfo=UTC))
+@example(datetime.max.replace(tzinfo=UTC))
 def test_instants_are_exact(moment: datetime) -> None:
-    column = SCHEMA.parse(orjson.dumps({"rows": [{**ROW, "at": moment.isoformat()}]})).columns["at"]
+    body = orjson.dumps({"rows": [{**ROW, "at": moment.isoformat()}]})
     aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    if not FIRST <= aware <= LAST:
+        assert (refuse(body).status, refuse(body).field, refuse(body).row) == (422, "at", 0)
+        return
     expected = (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    column = SCHEMA.parse(body).columns["at"]
     assert column.astype(np.int64).tolist() == [expected]
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+def test_an_offset_does_not_lead_out_of_the_years(text: str, rows: int) -> None:
+    with pytest.raises(RequestError, match="years 1 to 9999") as caught:
+        instants(["2024-01-01T00:00:00Z"] * (rows - 1) + [text], "at")
+    assert caught.value.row == rows - 1
+
+
+def test_bounds_are_said_with_all_their_digits() -> None:
+    schema = RequestSchema({"m": RequestField(dtype="float", minimum=1234567.0, maximum=1e7)}, 4)
+    for value, bound in ((1234566.5, "at least 1234567"), (1e8, "at most 10000000")):
+        with pytest.raises(RequestError, match=f"{bound}$"):
+            schema.parse(orjson.dumps({"rows": [{"m": value}]}))
+
+
+def test_a_long_name_is_not_sent_back_whole() -> None:
+    name = "x" * 100_000
+    schema = RequestSchema({name: RequestField(dtype="int")}, 4)
+    with pytest.raises(RequestError) as caught:
+        schema.parse(orjson.dumps({"rows": [{name: "text"}]}))
+    assert len(str(caught.value)) < 300
+    assert caught.value.field == "x" * 80
 
 
 json_values = st.recursive(

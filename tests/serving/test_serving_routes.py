@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import pyarrow as pa
 import pytest
 from serving import shop
 from serving.harness import LocalShop, open_local, same
+from serving.test_serving_metrics import Kept
 
 from mlops_ray.config.serving import Serving
+from mlops_ray.errors import RequestError
 from mlops_ray.features.online.failures import ServerGoneError
 from mlops_ray.metadata.home import Home
+from mlops_ray.serving.log import prediction_log
 from mlops_ray.serving.models.loading import ModelSet
+from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
 PREDICT = "/v1/models/shop/predict"
 ARROW = "application/vnd.apache.arrow.stream"
@@ -250,28 +255,97 @@ def test_requests_of_one_batch_draw_for_themselves(run: Any) -> None:
 
 def test_other_models_by_name(run: Any) -> None:
     asked: list[str] = []
+    kept = Kept()
 
     async def test(local: LocalShop) -> None:
-        own = (await local.call("POST", PREDICT, BODY))[1]
-        for name, path in (("cafe", "/v1/models/cafe/predict"), ("shop", PREDICT)):
-            content = (await local.call("POST", path, BODY))[1]
+        loader = local.endpoint.models._loader
+        spec = ModelSpec(alias="champion", version=2, path=str(local.packages[1]))
+        cafe.append(replace(loader.load(ServedModels(answer=spec), None), name="cafe"))
+        by_name = {}
+        for name in ("cafe", "shop"):
+            content = (await local.call("POST", f"/v1/models/{name}/predict", BODY))[1]
             assert content["model"] == name
-            assert same(content["scores"], own["scores"])
+            by_name[name] = (content["version"], content["scores"])
+        assert (by_name["cafe"][0], by_name["shop"][0]) == (2, 1)
+        assert not same(by_name["cafe"][1], by_name["shop"][1])
         _, content = await local.call("POST", "/v2/models/cafe/infer", tensors())
-        assert content["model_name"] == "cafe"
-        assert asked == ["cafe", "cafe"]
+        assert (content["model_name"], content["model_version"]) == ("cafe", "2")
+        assert (await local.call("POST", "/v1/models/house/predict", BODY))[0] == 404
+        assert asked == ["cafe", "cafe", "house"]
+        local.endpoint.recorder.publish({}, {})
+        for name, rows in (("cafe", 4), ("shop", 2), ("house", 0)):
+            assert kept.of("mlops_ray_rows", model=name) == rows
+            assert kept.of("mlops_ray_requests", model=name) == rows / 2
+        assert kept.of("mlops_ray_stage_seconds_count", stage="model", model="cafe") == 2
 
     async def many(name: str) -> ModelSet:
         asked.append(name)
-        return holder[0].endpoint.models.own()
+        if name != "cafe":
+            raise RequestError("no such model", status=404)
+        return cafe[0]
 
-    holder: list[LocalShop] = []
+    cafe: list[ModelSet] = []
+    run(test, many=many, series=kept)
 
-    async def keep(local: LocalShop) -> None:
-        holder.append(local)
-        await test(local)
 
-    run(keep, many=many)
+def test_a_request_that_is_sent_again_is_answered_by_the_same_version(run: Any) -> None:
+    async def test(local: LocalShop) -> None:
+        versions = set()
+        for number in range(30):
+            ids = [f"call-{number}", "second"]
+            calls = [local.call("POST", PREDICT, BODY | {"ids": ids}) for _ in range(4)]
+            found = {content["version"] for _, content in await asyncio.gather(*calls)}
+            assert len(found) == 1
+            versions |= found
+        assert versions == {1, 2}
+
+    run(test, share=0.5)
+
+
+def test_what_is_not_to_be_logged_is_not_by_any_protocol(run: Any) -> None:
+    async def test(local: LocalShop) -> None:
+        for path, body in ((PREDICT, BODY), ("/v2/models/shop/infer", tensors())):
+            assert (await local.call("POST", path, body, {"x-mlops-ray-log": "off"}))[0] == 200
+            assert local.endpoint.log.pending_rows == 0
+        await local.call("POST", "/v2/models/shop/infer", tensors())
+        assert local.endpoint.log.pending_rows == 2
+
+    run(test)
+
+
+def test_where_there_is_get_there_is_head(run: Any) -> None:
+    async def test(local: LocalShop) -> None:
+        for path in ("/healthz", "/v2/models/shop", "/openapi.json"):
+            got = await local.send("GET", path)
+            assert await local.send("HEAD", path) == (got[0], got[1], b"")
+        status, headers, content = await local.send("HEAD", PREDICT)
+        assert (status, headers["allow"], content) == (405, "POST", b"")
+        assert (await local.send("POST", "/healthz"))[1]["allow"] == "GET, HEAD"
+
+    run(test)
+
+
+def test_a_length_of_thousands_of_digits_is_refused(run: Any) -> None:
+    async def test(local: LocalShop) -> None:
+        status, content = await local.call("POST", PREDICT, BODY, {"content-length": "1" * 5000})
+        assert status == 400
+        assert "Content-Length" in content["error"]["message"]
+
+    run(test)
+
+
+def test_labels_that_a_full_log_has_no_room_for_are_not_accepted(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(local: LocalShop) -> None:
+        monkeypatch.setattr(prediction_log, "MAX_PENDING_ROWS", 0)
+        labels = {"labels": [{"id": "a", "label": 1}]}
+        feedback = "/v1/models/shop/feedback"
+        status, headers, _ = await local.send("POST", feedback, labels)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert (await local.call("POST", PREDICT, BODY))[0] == 200
+
+    run(test)
 
 
 class Store:
@@ -280,7 +354,7 @@ class Store:
     def __init__(self, real: Any) -> None:
         self.real, self.keys, self.reads = real, real.keys, real.reads
         self.degraded = ""
-        self.gone = False
+        self.is_gone = self.gone = False
 
     def __call__(self, inputs: Any) -> Any:
         if self.gone:
@@ -316,7 +390,7 @@ def test_answers_wait_for_the_disk_where_they_shall(run: Any) -> None:
 
         waited = []
 
-        async def written() -> None:
+        async def written(_: Any) -> None:
             waited.append(len(waited))
             if len(waited) == 2:
                 raise ServingError("the disk is full", where="/secret/place")

@@ -1,9 +1,8 @@
-"""Who answers: shares by chance, and sticky keys."""
+"""Who answers: shares by id, and sticky keys."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -52,8 +51,8 @@ def test_shares_are_kept(sticky: bool) -> None:
     if sticky:
         found = Counter(owners(held, keys()))
     else:
-        router = Router("shop", draw=random.Random(7).random)
-        found = Counter(router.draw(held).spec.alias for _ in range(KEYS))
+        router = Router("shop")
+        found = Counter(router.owner(held, f"a-{n}").spec.alias for n in range(KEYS))
     for alias, share in {"champion": 0.65, **shares}.items():
         assert within(found[alias], KEYS, share), (alias, found)
 
@@ -61,8 +60,15 @@ def test_shares_are_kept(sticky: bool) -> None:
 def test_champion_answers_all_without_challengers_and_none_where_they_have_all() -> None:
     assert set(owners(models(), keys(50))) == {"champion"}
     assert set(owners(models(canary=1.0), keys(5000))) == {"canary"}
-    router = Router("shop", draw=random.Random(1).random)
-    assert {router.draw(models(canary=1.0)).spec.alias for _ in range(5000)} == {"canary"}
+    router = Router("shop")
+    assert {router.owner(models(canary=1.0), f"{n}").spec.alias for n in range(5000)} == {"canary"}
+
+
+@given(identifier=st.text(min_size=1, max_size=12) | st.just("\ud800"))
+@settings(deadline=None)
+def test_a_request_that_is_sent_again_is_answered_by_the_same_model(identifier: str) -> None:
+    first, second = (Router("shop").owner(models(canary=0.5), identifier) for _ in range(2))
+    assert first.spec == second.spec
 
 
 def test_a_changed_share_moves_no_key_that_need_not() -> None:
@@ -124,3 +130,15 @@ def test_a_changed_share_is_seen_at_once_by_a_router_that_knows_the_old() -> Non
         candidates, places = router.owners(held, keys())
         count = sum(candidates[place].spec.alias == "canary" for place in places)
         assert within(count, KEYS, share)
+
+
+def test_keys_that_came_before_and_zeros_of_either_sign_stay_where_they_are() -> None:
+    held, router = models(canary=0.5), Router("shop", ("a", "b"))
+    zeros = {"a": np.arange(200) % 50, "b": np.array([0.0, -0.0] * 100)}
+    _, first = router.owners(held, zeros)
+    _, again = router.owners(held, {"a": zeros["a"], "b": -zeros["b"]})
+    _, fresh = Router("shop", ("a", "b")).owners(held, {"a": zeros["a"], "b": np.zeros(200)})
+    assert first == again == fresh
+    assert set(first) == {0, 1}
+    _, none = router.owners(models(), zeros)
+    assert none == [0] * 200

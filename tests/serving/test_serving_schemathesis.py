@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -49,6 +53,37 @@ LIMIT_S = 20.0
 CASES = 30
 
 
+class Hang(BaseException):
+    """No ``Exception``, so that nothing on the way makes an answer of it."""
+
+
+@contextmanager
+def no_longer_than(limit_s: float) -> Iterator[None]:
+    """End what is done inside, also where it blocks the event loop."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Hang(f"no answer within {limit_s} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_handler_that_blocks_the_event_loop_is_seen() -> None:
+    async def handler() -> None:
+        try:
+            time.sleep(30)
+        except Exception:
+            pytest.fail("it was taken for a fault of the handler")
+
+    with pytest.raises(Hang), asyncio.Runner() as runner, no_longer_than(0.05):
+        runner.run(handler())
+
+
 class Door:
     """An endpoint with its own event loop; counts what it answered."""
 
@@ -60,8 +95,8 @@ class Door:
     def send(
         self, method: str, path: str, body: bytes, headers: dict[str, str]
     ) -> tuple[int, dict[str, str], bytes]:
-        call = self.local.send(method, path, body, headers)
-        reply = self.runner.run(asyncio.wait_for(call, LIMIT_S))
+        with no_longer_than(LIMIT_S):
+            reply = self.runner.run(self.local.send(method, path, body, headers))
         self.answered[path, reply[0]] += 1
         return reply
 

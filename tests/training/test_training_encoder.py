@@ -63,17 +63,20 @@ def test_moments_are_those_of_the_present_values(train):
             centre = math.fsum(present) / len(present)
             spread = math.sqrt(math.fsum((v - centre) ** 2 for v in present) / len(present))
             assert mean == pytest.approx(centre, rel=1e-9, abs=1e-6)
-            assert std == pytest.approx(spread if spread > 1e-6 else 1.0, rel=1e-3)
+            # In between, rounding decides whether the column counts as constant.
+            if spread > 1e-6 or len(set(present)) == 1:
+                assert std == pytest.approx(spread if spread > 1e-6 else 1.0, rel=1e-3)
         assert (name in spec.indicators) == bool(np.isnan(train[0][name]).any())
 
 
 def test_many_rows_and_few_rows_take_the_same_codes():
     random = np.random.default_rng(0)
-    words = random.choice(np.array(["a", "b", None, "new"], dtype=object), 2000)
+    kinds = ["a", "b", None, "new", b"a", 1, True, math.nan, "\ud800"]
+    words = random.choice(np.array(kinds, dtype=object), 2000)
     encoder = Encoder.fit({}, {"w": np.array(["a", "b", None], dtype=object)})
     _, together = encoder.encode({"w": words})
     alone = [encoder.encode({"w": words[i : i + 1]})[1][0, 0] for i in range(len(words))]
-    assert together[:, 0].tolist() == alone
+    assert together[:, 0].tolist() == alone == [{"a": 1, "b": 2}.get(word, 0) for word in words]
 
 
 def test_survives_json_exactly():

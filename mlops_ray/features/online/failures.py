@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,8 +24,14 @@ class ServerGoneError(FeatureStoreError):
     """A store does not answer. A refusal, also of a password, is no such error."""
 
 
+class _Last(threading.local):
+    """What a thread's last read did without the store."""
+
+    how = ""
+
+
 class Fallback:
-    """Reads, and knows what to do where that fails.
+    """Reads, and knows what to do where that fails. Threads may read at one time.
 
     After a failure, the store is left alone for ``silent_s``: a read that waits for it in vain would
     keep others waiting.
@@ -42,41 +50,53 @@ class Fallback:
         self._silent_until_s = 0.0
         self._most = most
         self._gone: ServerGoneError | None = None
-        self._kept: list[OrderedDict[bytes, bytes | None]] = [OrderedDict() for _ in range(views)]
-        self.degraded = ""
+        self._kept: list[OrderedDict[bytes, bytes]] = [OrderedDict() for _ in range(views)]
+        self._last = _Last()
+
+    @property
+    def degraded(self) -> str:
+        """What this thread's last read did: ``missing`` or ``stale``, nothing where it found rows."""
+        return self._last.how
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the store did not answer when it was last asked: to ask again may take long."""
+        return self._gone is not None
 
     def read(self, keys: Encoded, fetch: Callable[[], Found]) -> Found:
         """Return the values of the keys of each view: what ``fetch`` returns, or what is done without.
 
-        ``degraded`` then says which: nothing, ``missing`` or ``stale``.
+        ``degraded`` then says which.
 
         Raises:
             ServerGoneError: ``fetch`` raised it, now or shortly before, and the mode is ``error``.
         """
-        if self._gone is not None and time.monotonic() < self._silent_until_s:
-            return self._without(keys, self._gone)
+        gone = self._gone
+        if gone is not None and time.monotonic() < self._silent_until_s:
+            return self._without(keys, gone)
         try:
             found = fetch()
         except ServerGoneError as error:
             self.miss(error)
             return self._without(keys, error)
         self._gone = None
-        self.degraded = ""
+        self._last.how = ""
         if self._mode == "stale":
             self._keep(keys, found)
         return found
 
     def miss(self, error: ServerGoneError) -> None:
         """Leave the store alone for a while; raise where nothing can be done without it."""
-        self._gone = error
+        # A copy has no traceback: what is kept and raised again would gather one frame each time.
+        self._gone = copy.copy(error)
         self._silent_until_s = time.monotonic() + self._silent_s
         if self._mode == "error":
             raise error
 
     def _without(self, keys: Encoded, error: ServerGoneError) -> Found:
         if self._mode == "error":
-            raise error
-        self.degraded = self._mode
+            raise copy.copy(error)
+        self._last.how = self._mode
         if self._mode == "missing":
             return [[None] * len(column) for column in keys]
         return [
@@ -88,7 +108,9 @@ class Fallback:
         for column, values, kept in zip(keys, found, self._kept, strict=True):
             for key, value in zip(column, values, strict=True):
                 if key is not None:
-                    kept[key] = value
-                    kept.move_to_end(key)
+                    # Each step is whole for other threads. A key without a row takes no place.
+                    kept.pop(key, None)
+                    if value is not None:
+                        kept[key] = value
             while len(kept) > self._most:
                 kept.popitem(last=False)

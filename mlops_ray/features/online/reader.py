@@ -116,8 +116,13 @@ class Reader:
 
     @property
     def degraded(self) -> str:
-        """What the last read did without the store: ``missing`` or ``stale``; nothing as a rule."""
+        """What this thread's last read did without the store: ``missing``, ``stale``, or nothing."""
         return self._fallback.degraded
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the store did not answer when it was last asked: to ask again may take long."""
+        return self._fallback.is_gone
 
     @property
     def reads(self) -> dict[str, Reads]:

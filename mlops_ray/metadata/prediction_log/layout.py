@@ -2,6 +2,7 @@
 
 replicas/<replica>/<sequence>.log   frames from that sequence number on; locked while it is written to
 tables/predictions, tables/labels   Delta tables, partitioned by ``day``
+tables/positions/<kind>-<n>.json    up to where each replica is in a table whose app transaction is n
 readers/<name>.json                 up to where somebody has read: nothing beyond is removed
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -32,10 +34,12 @@ PREDICTIONS = pa.schema(
         ("route", pa.string()),
         ("latency_us", pa.int64()),
         ("sample", pa.float64()),
+        ("model", pa.string()),
     ]
 )
 """``time`` is the request's own, ``received`` the server's; ``sample`` is the share that was kept when
-this row was. Each model in shadow adds ``shadow_<alias>``; ``features`` and ``inputs`` are structs."""
+this row was; ``model`` is the registered name of who answered, null for the endpoint's own. Each model
+in shadow adds ``shadow_<alias>``; ``features`` and ``inputs`` are structs."""
 
 LABELS = pa.schema(
     [("id", pa.string()), ("label", pa.int8()), ("known_at", INSTANT), ("received", INSTANT)]
@@ -47,6 +51,12 @@ DAY = pa.field("day", pa.date32())
 
 BATCH = "batch-"
 """What the name of a replica begins with that is a piece of a batch, and no live traffic."""
+
+BATCH_ROUTE = "batch"
+"""The ``route`` of rows that a batch has scored."""
+
+SHADOW = "shadow_"
+"""What the name of a column begins with that holds the scores of the model of an alias in shadow."""
 
 REDACTED = "redacted:"
 """What a redacted value begins with; its keyed digest in hexadecimal follows."""
@@ -98,27 +108,33 @@ def segments(folder: Path) -> dict[str, list[Segment]]:
     return found
 
 
-def frames_after(files: list[tuple[Segment, IO[bytes]]], after: int) -> Iterator[Frame]:
+@contextmanager
+def kept_segments(folder: Path) -> Iterator[dict[str, list[Segment]]]:
+    """Yield the files of each replica, in order; until the end, none of them is removed.
+
+    So there is no need to have more than one of them open, however many there are.
+    """
+    with _locked(folder, fcntl.LOCK_SH):
+        yield segments(folder)
+
+
+@contextmanager
+def unread_segments(folder: Path) -> Iterator[bool]:
+    """Yield whether nobody reads files now; until the end, whoever wants to waits."""
+    with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+        yield alone
+
+
+def frames_after(files: Sequence[Segment], after: int) -> Iterator[Frame]:
     """Yield the frames of one replica's files beyond a sequence number, each once, in order."""
-    for place, (_, file) in enumerate(files):
-        following = files[place + 1][0].first if place + 1 < len(files) else None
+    for place, segment in enumerate(files):
+        following = files[place + 1].first if place + 1 < len(files) else None
         if following is None or following > after + 1:
-            for frame in read_frames(file, after):
-                yield frame
-                after = frame.sequence
-
-
-def open_segments(found: Mapping[str, list[Segment]]) -> dict[str, list[tuple[Segment, IO[bytes]]]]:
-    """Open files, so that they can be read even when they are removed meanwhile; close them."""
-    opened: dict[str, list[tuple[Segment, IO[bytes]]]] = {}
-    for replica, files in found.items():
-        opened[replica] = []
-        for segment in files:
-            try:
-                opened[replica].append((segment, segment.path.open("rb")))
-            except FileNotFoundError:
-                continue
-    return opened
+            # Where locks do not reach, a compaction may have removed what is in the table.
+            with suppress(FileNotFoundError), segment.path.open("rb") as file:
+                for frame in read_frames(file, after):
+                    yield frame
+                    after = frame.sequence
 
 
 def try_lock(file: IO[bytes] | int) -> bool:
@@ -128,6 +144,25 @@ def try_lock(file: IO[bytes] | int) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[bool]:
+    """Lock the folder of all replicas; yield whether that was possible."""
+    try:
+        handle = os.open(folder / "replicas", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, how)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
 
 
 def _names(folder: Path) -> list[str]:

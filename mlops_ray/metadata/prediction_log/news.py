@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mlops_ray.metadata.delta import LABEL_SCHEMA, Delta, prediction_schema
+from mlops_ray.metadata.files import write_whole
 from mlops_ray.metadata.prediction_log.frames import Counts
 from mlops_ray.metadata.prediction_log.layout import (
     BATCH,
+    SHADOW,
     frames_after,
-    open_segments,
+    kept_segments,
     readers_folder,
-    segments,
 )
 
-SHADOW = "shadow_"
 READER_PATIENCE_S = 3 * 86_400.0
 """For how long files are kept for a reader that does not come back."""
 
@@ -30,7 +31,8 @@ _MOST_FRAMES = 512
 def read_news(folder: Path, positions: Mapping[str, int]) -> Delta | None:
     """Return what stands in the log beyond ``positions``, None where there is nothing.
 
-    Scored batches are no news: they say nothing of what is asked now. The delta's positions are those
+    Scored batches are no news: they say nothing of what is asked now; nor is what other models than the
+    endpoint's own have answered. The delta's positions are those
     to ask with the next time. Whoever keeps them together with what it made of the deltas counts
     each row once, whatever dies in between. After a long absence it takes several calls, until None
     comes.
@@ -43,23 +45,21 @@ def read_news(folder: Path, positions: Mapping[str, int]) -> Delta | None:
     counts: Counts = {}
     predictions: list[pa.Table] = []
     labels: list[pa.Table] = []
-    live = {n: files for n, files in segments(folder).items() if not n.startswith(BATCH)}
-    opened = open_segments(live)
-    try:
-        for replica, files in opened.items():
+    frames, more = 0, False
+    with kept_segments(folder) as found:
+        live = {name: files for name, files in found.items() if not name.startswith(BATCH)}
+        for replica, files in live.items():
             for frame in frames_after(files, positions.get(replica, 0)):
-                if len(predictions) + len(labels) >= _MOST_FRAMES:
+                if frames >= _MOST_FRAMES:
+                    more = True
                     break
+                frames += 1
                 reached[replica] = frame.sequence
                 tables = (frame.predictions, frame.others)
                 predictions.extend(_slim(table) for table in tables if table is not None)
                 if frame.labels is not None:
                     labels.append(frame.labels.select(LABEL_SCHEMA.names))
                 _add(counts, frame.counts)
-    finally:
-        for files in opened.values():
-            for _, file in files:
-                file.close()
     if not reached:
         return None
     return Delta(
@@ -67,6 +67,8 @@ def read_news(folder: Path, positions: Mapping[str, int]) -> Delta | None:
         predictions=_joined(predictions, prediction_schema()),
         labels=_joined(labels, LABEL_SCHEMA),
         positions=reached,
+        gone=frozenset(positions) - live.keys(),
+        more=more,
     )
 
 
@@ -76,24 +78,36 @@ def keep_from(folder: Path, reader: str, positions: Mapping[str, int]) -> None:
     Where the log cannot be written to, nothing of it is removed either.
     """
     path = readers_folder(folder) / f"{reader}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(dict(positions)))
-    os.replace(draft, path)
+    write_whole(path, json.dumps(dict(positions)).encode())
 
 
 def wanted_from(folder: Path) -> list[Mapping[str, int]]:
-    """Return the positions of all readers that have been heard of lately."""
+    """Return the positions of all readers that have been heard of lately.
+
+    One whose file is damaged may still want everything.
+    """
     found = []
     for path in sorted(readers_folder(folder).glob("*.json")):
-        if time.time() - path.stat().st_mtime > READER_PATIENCE_S:
-            path.unlink(missing_ok=True)
-        else:
-            found.append(json.loads(path.read_text()))
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > READER_PATIENCE_S:
+                path.unlink(missing_ok=True)
+            else:
+                found.append(_positions(path.read_bytes()))
     return found
 
 
+def _positions(data: bytes) -> Mapping[str, int]:
+    try:
+        told = json.loads(data)
+    except ValueError:
+        return {}
+    is_sound = isinstance(told, dict) and all(isinstance(at, int) for at in told.values())
+    return told if is_sound else {}
+
+
 def _slim(table: pa.Table) -> pa.Table:
+    if "model" in table.column_names:
+        table = table.filter(pc.is_null(table["model"]))
     shadows = [name for name in table.column_names if name.startswith(SHADOW)]
     return table.select([*prediction_schema().names, *shadows])
 

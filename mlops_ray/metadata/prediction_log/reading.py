@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import dataset as datasets
 
+from mlops_ray.metadata.prediction_log.fitting import Fitting
 from mlops_ray.metadata.prediction_log.frames import Frame
 from mlops_ray.metadata.prediction_log.layout import (
+    BATCH_ROUTE,
     DAY,
     INSTANT,
     LABELS,
     PREDICTIONS,
+    SHADOW,
     Kind,
     frames_after,
-    open_segments,
-    segments,
+    kept_segments,
     table_folder,
 )
-from mlops_ray.metadata.prediction_log.tables import open_table, reached_by
+from mlops_ray.metadata.prediction_log.tables import open_table, read_positions
 
 _BATCH_ROWS = 100_000
 _ORDER = ("id", "received")
@@ -39,6 +41,7 @@ def scan_predictions(
     received_until: datetime | None = None,
     versions: Collection[int] | None = None,
     ids: Collection[str] | None = None,
+    live: bool = False,
     columns: Sequence[str] | None = None,
 ) -> Iterator[pa.Table]:
     """Yield the logged predictions in tables of bounded size, each row once.
@@ -54,16 +57,18 @@ def scan_predictions(
         received_until: Latest time of the answer.
         versions: Only what these versions answered.
         ids: Only these predictions.
-        columns: Only these columns, in this order.
+        live: Only what was asked of the endpoint, without the rows of batches.
+        columns: Only these columns, in this order; null where they were not logged.
     """
     condition = _all(
         _between("time", since, until),
         _between("received", received_since, received_until),
         None if versions is None else pc.field("version").isin(pa.array(versions, pa.int64())),
         None if ids is None else pc.field("id").isin(pa.array(ids, pa.string())),
+        pc.field("route") != BATCH_ROUTE if live else None,
     )
     for table in _scan(folder, "predictions", condition, columns, received_since, received_until):
-        yield table if columns is None else table.select(columns)
+        yield table if columns is None else _selected(table, columns)
 
 
 def read_predictions(folder: Path, **conditions: Any) -> pa.Table:
@@ -76,15 +81,36 @@ def read_predictions(folder: Path, **conditions: Any) -> pa.Table:
     tables = list(scan_predictions(folder, columns=wanted, **conditions))
     table = pa.concat_tables([PREDICTIONS.empty_table(), *tables], promote_options="permissive")
     table = _one_of_each(table, last=False)
-    return table if columns is None else table.select(columns)
+    return table if columns is None else _selected(table, columns)
 
 
-def read_labels(folder: Path, *, ids: Collection[str] | None = None) -> pa.Table:
-    """Return the labels with ``layout.LABELS``: of each id the one that was received last."""
+def read_labels(
+    folder: Path, *, ids: Collection[str] | None = None, horizon: timedelta | None = None
+) -> pa.Table:
+    """Return the labels with ``layout.LABELS``: of each id the one that was received last.
+
+    With ``horizon`` only those count that became known within it of their prediction's time; labels
+    without a prediction are then left out. Of labels received together, the one known last counts, and
+    then the larger one: the rule by which the monitor joins labels.
+    """
     condition = None if ids is None else pc.field("id").isin(pa.array(ids, pa.string()))
     tables = list(_scan(folder, "labels", condition, LABELS.names, None, None))
     table = pa.concat_tables([LABELS.empty_table(), *(t.select(LABELS.names) for t in tables)])
+    if horizon is not None:
+        predictions = read_predictions(folder, ids=ids, columns=("id", "time"))
+        place = pc.index_in(table["id"], value_set=predictions["id"].combine_chunks())
+        limit = pc.add(predictions["time"].take(place), pa.scalar(horizon, pa.duration("us")))
+        table = table.filter(pc.less_equal(table["known_at"], limit))
+    table = table.sort_by([("known_at", "ascending"), ("label", "ascending")])
     return _one_of_each(table, last=True)
+
+
+def _selected(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    for name in columns:
+        if name not in table.column_names:
+            kind = pa.float64() if name.startswith(SHADOW) else pa.null()
+            table = table.append_column(name, pa.nulls(table.num_rows, kind))
+    return table.select(columns)
 
 
 def _one_of_each(table: pa.Table, *, last: bool) -> pa.Table:
@@ -106,25 +132,23 @@ def _scan(
     received_since: datetime | None,
     received_until: datetime | None,
 ) -> Iterator[pa.Table]:
-    # Files are opened before the table: what is moved to the table meanwhile is passed over in them,
-    # and what was moved before is in the table that is opened.
-    opened = open_segments(segments(folder))
-    try:
+    # Files are listed before the table is opened: what is moved to the table meanwhile is passed over
+    # in them, and what was moved before is in the table that is opened.
+    with kept_segments(folder) as found:
         table = open_table(folder, kind)
+        reached = read_positions(folder, kind, table)
+        fitting = Fitting(None if table is None else pa.schema(table.schema().to_arrow()))
         if table is not None:
             days = _days(received_since, received_until)
             yield from _stored(table, table_folder(folder, kind), condition, columns, days)
-        for replica, files in opened.items():
-            for frame in frames_after(files, reached_by(table, replica)):
+        for replica, files in found.items():
+            for frame in frames_after(files, reached.get(replica, 0)):
                 rows = _rows_of(frame, kind)
                 if rows is not None:
+                    rows = fitting.fit(rows)
                     rows = rows if condition is None else rows.filter(condition)
                     if rows.num_rows:
                         yield rows
-    finally:
-        for files in opened.values():
-            for _, file in files:
-                file.close()
 
 
 def _stored(

@@ -24,6 +24,7 @@ from mlops_ray.features.join import HeldView, join_view
 from mlops_ray.features.offline import OfflineStore
 from mlops_ray.features.service import find_service, inputs_of, on_demand_features, stored_columns
 from mlops_ray.metadata.files import write_whole
+from mlops_ray.metadata.prediction_log.layout import BATCH_ROUTE
 from mlops_ray.metadata.profile import Profile
 from mlops_ray.metadata.types import ModelVersion
 from mlops_ray.serving.batch.checks import RowChecker
@@ -40,9 +41,6 @@ from mlops_ray.serving.models.served import ModelSpec
 
 SCORE, LABEL, VERSION = "score", "predicted_label", "model_version"
 SCORE_BINS = 20
-ROUTE = "batch"
-"""The alias under which batches stand in the prediction log."""
-
 PROFILED_ROWS = 1_000_000
 """About how many rows are counted for drift, evenly from all; more would say no more."""
 
@@ -158,7 +156,7 @@ class PieceScorer:
         repeated = np.load(plan.folder.repeated) if plan.batch.id else np.empty(0, np.int64)
         self._checker = RowChecker(self._service.inputs, plan.batch.id, repeated)
         read = package.read(plan.model.package)
-        spec = ModelSpec(alias=ROUTE, version=plan.model.version, path=plan.model.package)
+        spec = ModelSpec(alias=BATCH_ROUTE, version=plan.model.version, path=plan.model.package)
         scorers: list[tuple[Scorer, float]] = [(Predictor(read), 1.0)]
         scorers += [(Predictor(package.read(m.package)), weight) for m, weight in plan.members]
         scorer = GraphScorer(GraphFunctions(plan.graph), scorers)
@@ -250,7 +248,7 @@ class PieceScorer:
         else:
             ids = chunk.table[identifier].cast(pa.string()).to_pylist()
         times, none = inputs[self._service.time], np.zeros(len(ids), np.int64)
-        return Answered(None, self._model, ROUTE, ids, times, scores, inputs, columns, none)
+        return Answered(None, self._model, BATCH_ROUTE, ids, times, scores, inputs, columns, none)
 
 
 class Tally:

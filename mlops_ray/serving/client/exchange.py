@@ -42,6 +42,7 @@ class Exchange:
         self._connections = connections
         self._context = context
         self._session: Any = None
+        self._turns = asyncio.Semaphore(connections)
 
     async def send(self, call: Call, timeout_s: float) -> Reply:
         """Return the reply to a call: what the endpoint answered, whatever its status.
@@ -115,13 +116,23 @@ class Exchange:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _request(self, call: Call, deadline_s: float) -> Reply:
+        session, turns = self._opened(), self._turns
+        async with asyncio.timeout_at(deadline_s):
+            await turns.acquire()
+        try:
+            return await self._sent(session, call, deadline_s)
+        finally:
+            turns.release()
+
+    async def _sent(self, session: Any, call: Call, deadline_s: float) -> Reply:
         import aiohttp
 
+        # What the endpoint is told does not count the wait for a turn.
         left_s = deadline_s - _now_s()
         if left_s <= 0:
             raise TimeoutError("no time is left")
         headers = {**self._headers, **call.headers, DEADLINE_HEADER: milliseconds(left_s)}
-        async with self._opened().request(
+        async with session.request(
             call.method,
             call.url,
             data=call.body,
@@ -140,6 +151,7 @@ class Exchange:
         if self._session is None:
             import aiohttp
 
+            self._turns = asyncio.Semaphore(self._connections)
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
                     limit=self._connections,

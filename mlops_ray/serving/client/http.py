@@ -1,8 +1,9 @@
 """Clients of an endpoint: ``Client`` for threads, ``AsyncClient`` for event loops.
 
-Every prediction carries an id, made up here where none is given, and is known by it in the log and to
-the monitor. So a prediction may be sent again, after a failure or beside a request that takes long,
-without being counted twice.
+Every prediction carries an id, made up here where none is given, and is known by it in the log. So a
+prediction may be sent again, after a failure or beside a request that takes long: the same version
+answers, and readers of the log find it once. Only the monitor's counts of feature values, which know
+no ids, take in each answer that an endpoint gave.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class AsyncClient:
         return wire.accepted(await self._send(call, timeout_s), call.url)
 
     async def metadata(self, *, timeout_s: float | None = None) -> dict[str, Any]:
-        """Return what the endpoint serves: versions by alias, packages, inputs, mode."""
+        """Return what the endpoint serves: versions by alias, shares, inputs, mode."""
         call = Call("GET", self._routes.metadata, {})
         answer: dict[str, Any] = wire.content(await self._send(call, timeout_s), call.url)
         return answer

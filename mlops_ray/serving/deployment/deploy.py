@@ -39,7 +39,7 @@ from mlops_ray.serving.deployment.options import (
     without_options,
 )
 from mlops_ray.serving.deployment.placement import roots_of, runtime_environment
-from mlops_ray.serving.deployment.replicas import RefusedError, ask_all, wait_until_served
+from mlops_ray.serving.deployment.replicas import RefusedError, ask_all, ask_one, wait_until_served
 from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
 FLUSH_TIMEOUT_S = 30.0
@@ -172,6 +172,30 @@ def flush(endpoint: Endpoint, timeout_s: float = FLUSH_TIMEOUT_S) -> int:
             why=str(error) or type(error).__name__,
             fix="check that it runs, and the disk's free space",
         ) from error
+
+
+def describe(endpoint: Endpoint, timeout_s: float = FLUSH_TIMEOUT_S) -> dict[str, Any]:
+    """Return what the endpoint serves, as its route ``metadata`` does; it needs no token.
+
+    While replicas differ, because new models are on their way, the newest ones are told. Where there are
+    no replicas just now, one is woken up.
+
+    Raises:
+        ServingError: No replica can be reached in time.
+    """
+    try:
+        answers = ask_all(endpoint.name, "describe", timeout_s) or [
+            ask_one(endpoint.name, timeout_s)
+        ]
+    except Exception as error:
+        raise ServingError(
+            f"the endpoint of {endpoint.name} does not say what it serves",
+            where=endpoint.url,
+            why=str(error) or type(error).__name__,
+            fix="check that it runs; deploy it with `mlops-ray run workflow=deploy`",
+        ) from error
+    described: dict[str, Any] = max(answers, key=lambda answer: answer["epoch"] or 0)
+    return described
 
 
 def remove(project: str) -> bool:

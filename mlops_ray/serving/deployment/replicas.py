@@ -22,6 +22,11 @@ def ask_all(project: str, method: str, timeout_s: float) -> list[Any]:
     return answers
 
 
+def ask_one(project: str, timeout_s: float) -> Any:
+    """Return what one replica says of itself; where scaling has left none, one is woken up."""
+    return _handle(project).describe.remote().result(timeout_s=timeout_s)
+
+
 def wait_until_served(project: str, served: ServedModels, timeout_s: float) -> None:
     """Return when all replicas serve the models. Where there are none just now, one is woken up.
 
@@ -61,7 +66,7 @@ def _all_serve(replicas: list[Any], served: ServedModels) -> bool:
 def _wake_up(project: str, state: Config) -> None:
     """Have a replica where scaling has left none: only it can say whether the models are sound."""
     if state["deployments"][DEPLOYMENT]["target_num_replicas"] == 0:
-        _handle(project).describe.remote().result(timeout_s=_ANSWER_TIMEOUT_S)
+        ask_one(project, _ANSWER_TIMEOUT_S)
 
 
 def _handle(project: str) -> Any:

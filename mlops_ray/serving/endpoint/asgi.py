@@ -55,15 +55,24 @@ async def read_body(receive: Receive, length: int | None, limit: int) -> bytes:
             return b"".join(chunks)
 
 
-async def respond(send: Send, reply: Reply) -> None:
-    """Send a reply."""
+def length_of(header: bytes) -> int | None:
+    """Return what Content-Length says, None where it says nothing; RequestError 400 beyond 15 digits."""
+    if not header.isdigit():
+        return None
+    if len(header) > 15:
+        raise RequestError("Content-Length has too many digits", status=400)
+    return int(header)
+
+
+async def respond(send: Send, reply: Reply, *, head: bool = False) -> None:
+    """Send a reply, or only its ``head``."""
     headers = [
         (b"content-type", reply.kind),
         (b"content-length", b"%d" % len(reply.body)),
         *reply.headers,
     ]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await send({"type": "http.response.body", "body": reply.body})
+    await send({"type": "http.response.body", "body": b"" if head else reply.body})
 
 
 def error_content(error: RequestError) -> dict[str, Any]:

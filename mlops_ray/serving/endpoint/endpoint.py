@@ -25,6 +25,7 @@ from mlops_ray.serving.endpoint.asgi import (
     error_content,
     error_headers,
     json_reply,
+    length_of,
     protocol_error_content,
     read_body,
     respond,
@@ -122,7 +123,6 @@ class Endpoint:
         native = NativeApi(serving, schema, self.scoring, self.log, self.recorder, self.models.of)
         inference = InferenceApi(
             self.protocol,
-            schema,
             self.scoring,
             self.recorder,
             self.models.of,
@@ -243,26 +243,30 @@ class Endpoint:
 
     async def _handle(self, scope: Message, receive: Receive, send: Send) -> None:
         began_s = time.perf_counter()
-        path, name, allow = scope["path"], "unknown", ""
+        method, path, name, allow = scope["method"], scope["path"], "unknown", ""
         call: Call | None = None
         try:
             found = self._paths.find(path)
-            action = found.methods.get(scope["method"])
+            action = found.methods.get("GET" if method == "HEAD" else method)
             if action is None:
-                allow = ", ".join(found.methods)
-                raise RequestError(f"{scope['method']} is not possible; use {allow}", status=405)
+                allow = ", ".join(found.methods).replace("GET", "GET, HEAD")
+                raise RequestError(f"{method} is not possible; use {allow}", status=405)
             name = action.name
             call = Call(dict(scope["headers"]), b"", 0.0, found.model, found.version)
-            reply = await self._act(action, call, scope["method"], receive)
+            reply = await self._act(action, call, method, receive)
         except RequestError as error:
             reply = _refusal(error, path, allow)
         except Exception:
-            logger.exception("%s %s failed", scope["method"], path)
+            logger.exception("%s %s failed", method, path)
             reply = _refusal(RequestError(_INTERNAL, status=500), path)
-        await respond(send, reply)
-        route, version = ("", 0) if call is None else (call.route, call.answered)
+        await respond(send, reply, head=method == "HEAD")
+        route, version, model = "", 0, None
+        if call is not None:
+            route, version = call.route, call.answered
+            # A name that nobody has must not become a tag.
+            model = call.model if call.model is None or version else ""
         seconds = time.perf_counter() - began_s
-        self.recorder.request(name, reply.status, route, version, seconds)
+        self.recorder.request(name, reply.status, route, version, seconds, model)
 
     async def _act(self, action: Action, call: Call, method: str, receive: Receive) -> Reply:
         """Let a request in, and do what it wants."""
@@ -273,8 +277,7 @@ class Endpoint:
         async with self.limits.turn(timeout_of(headers.get(TIMEOUT_HEADER))) as deadline_s:
             call.deadline_s = deadline_s
             if method == "POST":
-                length = headers.get(b"content-length", b"")
-                announced = int(length) if length.isdigit() else None
+                announced = length_of(headers.get(b"content-length", b""))
                 call.body = await read_body(receive, announced, self.serving.max_body_bytes)
             return await action.handler(call)
 
@@ -299,7 +302,7 @@ class Endpoint:
         }
 
     async def _metadata(self, call: Call) -> Reply:
-        return json_reply(self.describe())
+        return json_reply(_public(self.describe()))
 
     async def _alive(self, call: Call) -> Reply:
         return json_reply({"status": "alive"})
@@ -321,6 +324,15 @@ class Endpoint:
 def _refusal(error: RequestError, path: str, allow: str = "") -> Reply:
     content = protocol_error_content if path.startswith("/v2") else error_content
     return json_reply(content(error), error.status, error_headers(error, allow))
+
+
+def _public(described: dict[str, Any]) -> dict[str, Any]:
+    """Return what may be told to callers: no path and no trace of this machine."""
+    refused = described["refused"]
+    return {name: value for name, value in described.items() if name != "packages"} | {
+        "refused": None if refused is None else {"epoch": refused["epoch"]},
+        "failing": described["failing"] is not None,
+    }
 
 
 def _shares(models: ModelSet) -> dict[str, float]:

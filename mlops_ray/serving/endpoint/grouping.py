@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mlops_ray.errors import ServingError
 from mlops_ray.serving.endpoint.routing import Router
 from mlops_ray.serving.formats.request import PredictRequest
+from mlops_ray.serving.log.prediction_log import Added
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
 
 Rows = NDArray[np.int64]
@@ -25,7 +26,9 @@ _NOTHING: Scores = np.empty(0)
 class Job:
     """A request on its way. Without ``wanted``, the keys of its rows say who answers them.
 
-    ``model`` is who answered; ``by_row`` who answered each row, where not all are one model's.
+    ``model`` is who answered; ``by_row`` who answered each row, where not all are one model's;
+    ``added`` what the log was given, with the rows of others of the same batch. ``columns`` are the
+    features where a model in another process has yet to score rows.
     """
 
     request: PredictRequest
@@ -38,15 +41,18 @@ class Job:
     model: LoadedModel | None = None
     by_row: list[LoadedModel] | None = None
     degraded: str = ""
+    added: Sequence[Added] = ()
+    columns: Columns | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Rows of a batch that one model answers, None for all of them."""
+    """Rows of a batch that one model answers, None for all of them, and their feature columns."""
 
     models: ModelSet
     model: LoadedModel
     rows: Rows | None
+    columns: Columns = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -61,13 +67,18 @@ def merged(jobs: Sequence[Job]) -> Columns:
 def predict(groups: Sequence[Group], columns: Columns, rows: int) -> Scores:
     """Return the scores of all groups by row, and note how long each took.
 
+    Rows of models in other processes get 0: they are for who can wait.
+
     Raises:
         ServingError: A score is no number.
     """
-    scores = np.empty(rows) if len(groups) > 1 else _NOTHING
+    scores = np.zeros(rows) if len(groups) > 1 or groups[0].model.remote else _NOTHING
     for group in groups:
+        if group.model.remote:
+            continue
         began_s = time.perf_counter()
-        found = group.model.scorer.predict(taken(columns, group.rows))
+        group.columns = taken(columns, group.rows)
+        found = group.model.scorer.predict(group.columns)
         if group.rows is None:
             scores = found
         else:
@@ -93,6 +104,29 @@ def share_out(jobs: Sequence[Job], scores: Scores, degraded: str) -> None:
         job.scores = scores[start:stop]
         job.degraded = degraded
         start = stop
+
+
+def hand_out(jobs: Sequence[Job], columns: Columns) -> None:
+    """Give the jobs their columns that models in other processes answer, if only in part."""
+    start = 0
+    for job in jobs:
+        stop = start + job.request.rows
+        owners: Sequence[LoadedModel | None] = job.by_row or [job.model]
+        if any(model is not None and model.remote for model in owners):
+            job.columns = {name: values[start:stop] for name, values in columns.items()}
+        start = stop
+
+
+def narrowed(groups: Sequence[Group], wanted: NDArray[np.bool_]) -> list[Group]:
+    """Return groups of the wanted rows of a batch only."""
+    found = []
+    for group in groups:
+        inside = wanted if group.rows is None else wanted[group.rows]
+        if inside.any():
+            places = np.flatnonzero(inside)
+            rows = places if group.rows is None else group.rows[places]
+            found.append(Group(group.models, group.model, rows, taken(group.columns, places)))
+    return found
 
 
 def taken(columns: Columns, rows: Rows | None) -> Columns:

@@ -10,14 +10,13 @@ from mlops_ray.errors import RequestError
 from mlops_ray.serving.endpoint.asgi import Reply, json_reply
 from mlops_ray.serving.endpoint.calls import Call
 from mlops_ray.serving.endpoint.metrics import Recorder
-from mlops_ray.serving.endpoint.native import STALE_HEADER, ModelsOf
+from mlops_ray.serving.endpoint.native import NO_LOG_HEADER, STALE_HEADER, ModelsOf
 from mlops_ray.serving.endpoint.scoring import Scoring, of_version
 from mlops_ray.serving.formats.inference_protocol import (
     HEADER_LENGTH,
     InferenceProtocol,
     server_metadata,
 )
-from mlops_ray.serving.formats.request import RequestSchema
 
 _CONTENT_TYPE = b"content-type"
 
@@ -26,8 +25,7 @@ class InferenceApi:
     """Handles the calls of ``/v2``.
 
     Args:
-        protocol: Reads and writes for the endpoint's own model.
-        schema: Checks requests, also those of other models.
+        protocol: Reads and writes; other models have the same inputs.
         scoring: Answers them.
         recorder: Counts.
         models_of: Returns the models of a name, None for the endpoint's own.
@@ -37,14 +35,12 @@ class InferenceApi:
     def __init__(
         self,
         protocol: InferenceProtocol,
-        schema: RequestSchema,
         scoring: Scoring,
         recorder: Recorder,
         models_of: ModelsOf,
         is_ready: Callable[[], bool],
     ) -> None:
         self._protocol = protocol
-        self._schema = schema
         self._scoring = scoring
         self._recorder = recorder
         self._models_of = models_of
@@ -72,30 +68,28 @@ class InferenceApi:
         versions = sorted({model.spec.version for model in models.all})
         if call.version is not None:
             versions = [of_version(models, call.version).spec.version]
-        return json_reply(self._protocol_of(call).metadata(versions))
+        described = self._protocol.metadata(versions)
+        return json_reply(described if call.model is None else described | {"name": call.model})
 
     async def infer(self, call: Call) -> Reply:
         """Answer an inference."""
         began_s = time.perf_counter()
-        protocol = self._protocol_of(call)
-        asked = protocol.read(call.body, _header_length(call))
+        asked = self._protocol.read(call.body, _header_length(call))
         self._recorder.stage("parse", time.perf_counter() - began_s)
         models = None if call.model is None else await self._models_of(call.model)
+        log = call.principal.logged(call.headers.get(NO_LOG_HEADER, b""))
         answer = await self._scoring.score(
-            asked.request, call.deadline_s, models=models, version=call.version
+            asked.request, call.deadline_s, log=log, models=models, version=call.version
         )
         began_s = time.perf_counter()
         if call.model is not None:
             answer.model = call.model
         call.route, call.answered = answer.route or "", answer.version or 0
-        body, headers = protocol.write(asked, answer)
+        body, headers = self._protocol.write(asked, answer)
         kind = next(value for name, value in headers if name == _CONTENT_TYPE)
         further = tuple(header for header in headers if header[0] != _CONTENT_TYPE)
         self._recorder.stage("reply", time.perf_counter() - began_s)
         return Reply(body, 200, kind, (*further, STALE_HEADER) if answer.stale else further)
-
-    def _protocol_of(self, call: Call) -> InferenceProtocol:
-        return self._protocol if call.model is None else InferenceProtocol(self._schema, call.model)
 
 
 def _header_length(call: Call) -> int | None:

@@ -137,10 +137,10 @@ class Recorder:
     def __init__(self, endpoint: str, series: Series | None) -> None:
         self._endpoint = endpoint
         self._series = series
-        self._requests: dict[tuple[str, int, str, int], int] = {}
-        self._latencies: dict[tuple[str, str, int], Histogram] = {}
-        self._stages: dict[tuple[str, str, int], Histogram] = {}
-        self._rows: dict[tuple[str, int], int] = {}
+        self._requests: dict[tuple[str, int, str, int, str], int] = {}
+        self._latencies: dict[tuple[str, str, int, str], Histogram] = {}
+        self._stages: dict[tuple[str, str, int, str], Histogram] = {}
+        self._rows: dict[tuple[str, int, str], int] = {}
         self._batches = Histogram(ROWS)
         self._merged = 0
         self._degraded: dict[str, int] = {}
@@ -148,12 +148,22 @@ class Recorder:
         self._recent_s: deque[float] = deque(maxlen=_RECENT)
 
     def request(
-        self, action: str, status: int, route: str = "", version: int = 0, seconds: float = 0.0
+        self,
+        action: str,
+        status: int,
+        route: str = "",
+        version: int = 0,
+        seconds: float = 0.0,
+        model: str | None = None,
     ) -> None:
-        """Count a request: its route of the API, its HTTP status, who answered and how long it took."""
-        key = (action, status, route, version)
+        """Count a request: its route of the API, its HTTP status, who answered and how long it took.
+
+        ``model`` is a registered name, None the endpoint's own.
+        """
+        model = self._endpoint if model is None else model
+        key = (action, status, route, version, model)
         self._requests[key] = self._requests.get(key, 0) + 1
-        where = (action, route, version)
+        where = (action, route, version, model)
         found = self._latencies.get(where)
         if found is None:
             found = self._latencies[where] = Histogram(SECONDS)
@@ -167,17 +177,26 @@ class Recorder:
         self._recent_s.clear()
         return recent[int(0.95 * (len(recent) - 1))] if recent else 0.0
 
-    def stage(self, stage: str, seconds: float, route: str = "", version: int = 0) -> None:
-        """Count the time of a stage; ``route`` and ``version`` say whose, where it is one model's."""
-        key = (stage, route, version)
+    def stage(
+        self,
+        stage: str,
+        seconds: float,
+        route: str = "",
+        version: int = 0,
+        model: str | None = None,
+    ) -> None:
+        """Count the time of a stage; where it is one model's, the rest says whose."""
+        if route and model is None:
+            model = self._endpoint
+        key = (stage, route, version, model or "")
         found = self._stages.get(key)
         if found is None:
             found = self._stages[key] = Histogram(SECONDS)
         found.add(seconds)
 
-    def scored(self, route: str, version: int, rows: int) -> None:
-        """Count rows that a model answered."""
-        key = (route, version)
+    def scored(self, route: str, version: int, rows: int, model: str | None = None) -> None:
+        """Count rows that a model answered; ``model`` as for ``request``."""
+        key = (route, version, self._endpoint if model is None else model)
         self._rows[key] = self._rows.get(key, 0) + rows
 
     def batch(self, requests: int, rows: int) -> None:
@@ -200,20 +219,21 @@ class Recorder:
         if series is None:
             return
         base = {"endpoint": self._endpoint}
-        for (action, status, route, version), count in self._requests.items():
-            tags = {**base, "action": action, "status": str(status), **_whose(route, version)}
+        for (action, status, route, version, model), count in self._requests.items():
+            tags = {**base, "action": action, "status": str(status)}
+            tags |= _whose(route, version, model)
             self._grow("mlops_ray_requests", tags, count)
             if status >= 400:
                 kind = {**base, "action": action, "kind": _KINDS.get(status, str(status))}
                 self._grow("mlops_ray_errors", kind, count)
-        for (action, route, version), latency in self._latencies.items():
-            tags = {**base, "action": action, **_whose(route, version)}
+        for (action, route, version, model), latency in self._latencies.items():
+            tags = {**base, "action": action, **_whose(route, version, model)}
             latency.publish(series, "mlops_ray_request_seconds", tags)
-        for (stage, route, version), latency in self._stages.items():
-            tags = {**base, "stage": stage, **_whose(route, version)}
+        for (stage, route, version, model), latency in self._stages.items():
+            tags = {**base, "stage": stage, **_whose(route, version, model)}
             latency.publish(series, "mlops_ray_stage_seconds", tags)
-        for (route, version), rows in self._rows.items():
-            self._grow("mlops_ray_rows", {**base, **_whose(route, version)}, rows)
+        for (route, version, model), rows in self._rows.items():
+            self._grow("mlops_ray_rows", base | _whose(route, version, model), rows)
         self._batches.publish(series, "mlops_ray_batch_rows", base)
         self._grow("mlops_ray_batch_requests", base, self._merged)
         for how, rows in self._degraded.items():
@@ -239,5 +259,5 @@ class Recorder:
             self._sent[key] = count
 
 
-def _whose(route: str, version: int) -> Tags:
-    return {"route": route, "version": str(version) if version else ""}
+def _whose(route: str, version: int, model: str) -> Tags:
+    return {"model": model, "route": route, "version": str(version) if version else ""}

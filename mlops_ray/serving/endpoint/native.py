@@ -31,6 +31,8 @@ asked for, that needs the scope ``unlogged``."""
 STALE_HEADER = (b"x-mlops-ray-features", b"stale")
 """Sent where features were older than the online store would have them."""
 
+_MOST_EXPLAINED = 4
+
 ModelsOf = Callable[[str | None], Awaitable[ModelSet]]
 
 
@@ -63,6 +65,9 @@ class NativeApi:
         self._models_of = models_of
         # Explaining takes as long as hundreds of predictions: one at a time, beside the rest.
         self._explaining = ThreadPoolExecutor(1, thread_name_prefix="explain")
+        # Those that wait for it keep their turns, which are the predictions' too.
+        self._most_explained = max(1, min(_MOST_EXPLAINED, serving.max_ongoing_requests // 2))
+        self._explained_now = 0
 
     async def predict(self, call: Call) -> Reply:
         """Answer a prediction."""
@@ -91,9 +96,9 @@ class NativeApi:
         feedback = parse_feedback(call.body, self._serving.max_rows, datetime.now(UTC))
         if call.principal.logged(call.headers.get(NO_LOG_HEADER, b"")):
             try:
-                self._log.add_labels(feedback)
+                added = self._log.add_labels(feedback)
                 if self._log.answers_wait:
-                    await self._log.written()
+                    await self._log.written(added)
             except ServingError as error:
                 raise RequestError(
                     "the labels could not be kept; send them again",
@@ -106,14 +111,26 @@ class NativeApi:
         """Say what each feature contributed to the scores."""
         if not self._serving.explain:
             raise RequestError("explanations are switched off here: serving.explain", status=404)
+        if self._explained_now >= self._most_explained:
+            raise RequestError(
+                "others are being explained; come again",
+                status=503,
+                retry_after_s=self._serving.retry_after.total_seconds(),
+            )
+        self._explained_now += 1
+        try:
+            return await self._explain(call)
+        finally:
+            self._explained_now -= 1
+
+    async def _explain(self, call: Call) -> Reply:
         request = self._parse(call)
         models = await self._models_of(call.model)
         model = models.answer
         if model.remote:
             raise RequestError("a model in other processes cannot be explained", status=404)
-        columns = self._scoring.features(request.columns)
         found = await asyncio.get_running_loop().run_in_executor(
-            self._explaining, model.explain, columns
+            self._explaining, lambda: model.explain(self._scoring.features(request.columns))
         )
         call.route, call.answered = model.spec.alias, model.spec.version
         content = {

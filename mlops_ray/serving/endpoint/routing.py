@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import ReferenceType, ref
+
+from numpy.typing import NDArray
 
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
 
 _LEAST_SHARE = 1e-9
 _SALT_BYTES, _HASH_BYTES = 16, 8
 _HASHES = 2 ** (8 * _HASH_BYTES)
+_MOST_KEYS = 20_000
+
+
+_Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Turn:
-    """A challenger's turn at a key: it takes it where its hash is below ``limit``."""
+    """A challenger's turn at a key: it takes it where its hash is below ``limit``.
+
+    ``hashing`` has taken its salt and waits for a key.
+    """
 
     place: int
-    salt: bytes
+    hashing: Any
     limit: int
 
 
@@ -40,7 +50,7 @@ class Router:
     def __init__(self, project: str, sticky_by: Sequence[str] = ()) -> None:
         self._project = project
         self._sticky_by = tuple(sticky_by)
-        self._known: WeakKeyDictionary[ModelSet, list[_Turn]] = WeakKeyDictionary()
+        self._last: tuple[ReferenceType[ModelSet], list[_Turn], dict[_Key, int]] | None = None
 
     @property
     def is_sticky(self) -> bool:
@@ -51,25 +61,33 @@ class Router:
         """Return the model for a request, by its first id."""
         if not models.challengers:
             return models.answer
-        place = _owner(identifier.encode(errors="backslashreplace"), self._turns(models))
+        place = _owner(identifier.encode(errors="backslashreplace"), self._turns(models)[0])
         return models.challengers[place - 1] if place else models.answer
 
     def owners(self, models: ModelSet, inputs: Columns) -> tuple[list[LoadedModel], list[int]]:
         """Return the models that may answer, and which of them does for each row, by its inputs."""
-        turns = self._turns(models)
-        columns = [inputs[name].tolist() for name in self._sticky_by]
-        # Equal values are written alike, whatever array holds them.
-        owners = [
-            _owner(repr(key).encode("ascii", "backslashreplace"), turns)
-            for key in zip(*columns, strict=True)
-        ]
+        turns, known = self._turns(models)
+        if len(known) > _MOST_KEYS:
+            known.clear()
+        columns = [_plain(inputs[name]).tolist() for name in self._sticky_by]
+        if not turns:
+            return [models.answer], [0] * len(columns[0])
+        owners = []
+        for key in zip(*columns, strict=True):
+            place = known.get(key)
+            if place is None:
+                # Equal values are written alike, whatever array holds them.
+                place = _owner(repr(key).encode("ascii", "backslashreplace"), turns)
+                known[key] = place
+            owners.append(place)
         return [models.answer, *models.challengers], owners
 
-    def _turns(self, models: ModelSet) -> list[_Turn]:
-        known = self._known.get(models)
-        if known is None:
-            known = self._known[models] = self._made(models)
-        return known
+    def _turns(self, models: ModelSet) -> tuple[list[_Turn], dict[_Key, int]]:
+        """Return the turns at keys, and who answers those that were asked for last."""
+        last = self._last
+        if last is None or last[0]() is not models:
+            last = self._last = ref(models), self._made(models), {}
+        return last[1:]
 
     def _made(self, models: ModelSet) -> list[_Turn]:
         turns, left = [], 1.0
@@ -79,14 +97,21 @@ class Router:
             salt = blake2b(name.encode(), digest_size=_SALT_BYTES).digest()
             # Rounding must not leave the last of them a share above 1, or nothing.
             part = min(1.0, challenger.share / left) if left > _LEAST_SHARE else 1.0
-            turns.append(_Turn(place, salt, int(part * _HASHES)))
+            hashing = blake2b(digest_size=_HASH_BYTES, key=salt)
+            turns.append(_Turn(place, hashing, int(part * _HASHES)))
             left -= challenger.share
         return turns
 
 
+def _plain(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the values of a column such that equal ones are written alike: no -0.0."""
+    return values + 0.0 if values.dtype.kind == "f" else values
+
+
 def _owner(key: bytes, turns: Sequence[_Turn]) -> int:
     for turn in turns:
-        found = blake2b(key, digest_size=_HASH_BYTES, key=turn.salt).digest()
-        if int.from_bytes(found, "little") < turn.limit:
+        hashing = turn.hashing.copy()
+        hashing.update(key)
+        if int.from_bytes(hashing.digest(), "little") < turn.limit:
             return turn.place
     return 0

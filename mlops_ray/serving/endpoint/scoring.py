@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,9 @@ from mlops_ray.serving.endpoint.grouping import (
     Scores,
     check_scores,
     groups_of,
+    hand_out,
     merged,
+    narrowed,
     places,
     predict,
     share_out,
@@ -36,9 +38,9 @@ from mlops_ray.serving.endpoint.warming import sample_body
 from mlops_ray.serving.formats.answers import Answer
 from mlops_ray.serving.formats.request import PredictRequest, RequestSchema
 from mlops_ray.serving.log.encoding import Answered
-from mlops_ray.serving.log.prediction_log import PredictionLog
+from mlops_ray.serving.log.prediction_log import Added, PredictionLog
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
-from mlops_ray.serving.models.scorer import AsyncScorer
+from mlops_ray.serving.models.scorer import AsyncScorer, ModelGoneError
 
 MOST_AHEAD_US = 86_400_000_000
 """How far the time of a prediction may lie ahead of this machine's clock."""
@@ -56,7 +58,12 @@ class Lookup(Protocol):
 
     @property
     def degraded(self) -> str:
-        """What the last call did without the online store: ``stale``, ``missing``, or nothing."""
+        """What this thread's last call did without the online store: ``stale``, ``missing`` or
+        nothing."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the online store did not answer last: the next call may take long."""
 
     @property
     def reads(self) -> dict[str, Reads]:
@@ -72,7 +79,6 @@ class _Done:
     """What was made of a batch."""
 
     inputs: Columns
-    columns: Columns
     scores: Scores
     groups: list[Group]
     features_s: float
@@ -125,6 +131,7 @@ class Scoring:
             self._do,
             self._finish,
             common=(FeatureStoreError,),
+            may_wait=lambda: self._lookup.is_gone,
         )
 
     async def score(
@@ -147,27 +154,28 @@ class Scoring:
 
         Raises:
             RequestError: 404 no such version, 422 a time in the future, 503 there are no models, the
-                online store is gone, or the log cannot be written, 504 no time is left.
+                online store or a model's own process is gone, or the log cannot be written, 504 no
+                time is left.
             Exception: What a model or a feature function raised; this request's alone.
         """
         job = self._job(request, log, models, version)
-        if _is_remote(job.models):
-            await self._score_remotely(job)
-        else:
-            try:
-                await self.batcher.submit(job, request.rows, deadline_s, apart=not log)
-            except FeatureStoreError as error:
-                raise self._unavailable(error) from error
+        try:
+            await self.batcher.submit(job, request.rows, deadline_s)
+        except ServerGoneError as error:
+            raise self._unavailable() from error
+        if job.columns:
+            await self._score_remotely(job, job.columns)
         if log and self._log.answers_wait:
-            await self._written()
+            await self._written(job)
         return self._answer(job)
 
     def features(self, inputs: Columns) -> Columns:
-        """Return the feature columns of a request's inputs. RequestError 503 without a store."""
+        """Return the feature columns of a request's inputs; may wait for the store, so it is for
+        threads. RequestError 503 without a store."""
         try:
             return self._lookup(inputs)
-        except FeatureStoreError as error:
-            raise self._unavailable(error) from error
+        except ServerGoneError as error:
+            raise self._unavailable() from error
 
     def warm(self, models: ModelSet) -> float:
         """Try models, look-up and parser before requests come; return the seconds that one row takes.
@@ -213,7 +221,7 @@ class Scoring:
     def _check_times(self, request: PredictRequest) -> None:
         times = request.columns[self._time].view(np.int64)
         latest_us = time.time_ns() // 1000 + MOST_AHEAD_US
-        if int(times.max()) > latest_us:
+        if int(times.max() if len(times) > 1 else times[0]) > latest_us:
             row = int(np.argmax(times > latest_us))
             raise RequestError("must not lie more than a day ahead", field=self._time, row=row)
 
@@ -226,19 +234,26 @@ class Scoring:
         groups = groups_of(self._router, jobs, inputs)
         scores = predict(groups, columns, len(inputs[self._time]))
         share_out(jobs, scores, degraded)
-        return _Done(inputs, columns, scores, groups, features_s, degraded)
+        if any(group.model.remote for group in groups):
+            hand_out(jobs, columns)
+        return _Done(inputs, scores, groups, features_s, degraded)
 
-    def _finish(self, jobs: list[Job], done: _Done) -> None:
+    def _finish(self, jobs: list[Job], done: _Done, awaited: list[bool]) -> None:
         recorder, now_s = self._recorder, time.perf_counter()
         rows = len(done.scores)
         recorder.stage("features", done.features_s)
         recorder.batch(len(jobs), rows)
         for group in done.groups:
-            spec = group.model.spec
-            recorder.stage("model", group.seconds, spec.alias, spec.version)
+            if not group.model.remote:
+                spec = group.model.spec
+                recorder.stage("model", group.seconds, spec.alias, spec.version, group.models.name)
         if done.degraded:
             recorder.degraded(done.degraded, rows)
-        if not jobs[0].log:
+        # Who is no longer there has been told that there is no answer.
+        kept = [
+            waits and job.log and not job.columns for job, waits in zip(jobs, awaited, strict=True)
+        ]
+        if not any(kept):
             return
         if len(jobs) == 1:
             ids = jobs[0].ids
@@ -247,8 +262,12 @@ class Scoring:
             ids = [identifier for job in jobs for identifier in job.ids]
             each = [int((now_s - job.began_s) * 1e6) for job in jobs]
             latency_us = np.repeat(each, [job.request.rows for job in jobs])
-        for group in done.groups:
-            self._keep(group, ids, done.scores, done.inputs, done.columns, latency_us)
+        groups = done.groups
+        if not all(kept):
+            groups = narrowed(groups, np.repeat(kept, [job.request.rows for job in jobs]))
+        added = [self._keep(group, ids, done.scores, done.inputs, latency_us) for group in groups]
+        for job in jobs:
+            job.added = added
 
     def _keep(
         self,
@@ -256,16 +275,15 @@ class Scoring:
         ids: list[str],
         scores: Scores,
         inputs: Columns,
-        columns: Columns,
         latency_us: NDArray[np.int64],
-    ) -> None:
+    ) -> Added:
         """Give the rows of a group to the log."""
         rows, spec = group.rows, group.model.spec
         if rows is not None:
             ids = [ids[row] for row in rows.tolist()]
             scores, latency_us = scores[rows], latency_us[rows]
-            inputs, columns = taken(inputs, rows), taken(columns, rows)
-        self._recorder.scored(spec.alias, spec.version, len(ids))
+            inputs = taken(inputs, rows)
+        self._recorder.scored(spec.alias, spec.version, len(ids), group.models.name)
         answered = Answered(
             models=group.models,
             model=group.model,
@@ -274,38 +292,51 @@ class Scoring:
             times=inputs[self._time],
             scores=scores,
             inputs=inputs,
-            columns=columns,
+            columns=group.columns,
             latency_us=latency_us,
         )
         try:
-            self._log.add(answered)
+            return self._log.add(answered)
         except ServingError as error:
             raise self._not_kept() from error
 
-    async def _score_remotely(self, job: Job) -> None:
-        """Score with models of other processes, which gather requests themselves."""
-        began_s = time.perf_counter()
-        inputs = job.request.columns
-        columns = self.features(inputs)
-        degraded, features_s = self._lookup.degraded, time.perf_counter() - began_s
-        groups = groups_of(self._router, [job], inputs)
-        scores = np.empty(job.request.rows)
+    async def _score_remotely(self, job: Job, columns: Columns) -> None:
+        """Have the rows scored whose models are in other processes, which gather requests
+        themselves; then keep all rows."""
+        groups = groups_of(self._router, [job], job.request.columns)
         for group in groups:
-            began_s = time.perf_counter()
-            given, scorer = taken(columns, group.rows), group.model.scorer
-            scores[places(group.rows)] = (
-                await scorer.apredict(given)
-                if isinstance(scorer, AsyncScorer)
-                else scorer.predict(given)
-            )
-            group.seconds = time.perf_counter() - began_s
-        check_scores(groups, scores)
-        share_out([job], scores, degraded)
-        self._finish([job], _Done(inputs, columns, scores, groups, features_s, degraded))
+            group.columns = taken(columns, group.rows)
+            if group.model.remote:
+                job.scores[places(group.rows)] = await self._remote_scores(group)
+        check_scores(groups, job.scores)
+        if job.log:
+            latency_us = int((time.perf_counter() - job.began_s) * 1e6)
+            each_us = np.full(job.request.rows, latency_us)
+            job.added = [
+                self._keep(group, job.ids, job.scores, job.request.columns, each_us)
+                for group in groups
+            ]
 
-    async def _written(self) -> None:
+    async def _remote_scores(self, group: Group) -> Scores:
+        # Asking whether it is one takes longer than the rest here.
+        scorer, spec = cast(AsyncScorer, group.model.scorer), group.model.spec
+        began_s = time.perf_counter()
         try:
-            await self._log.written()
+            scores = await scorer.apredict(group.columns)
+        except ModelGoneError as error:
+            raise RequestError(
+                f"the process of {spec.alias} does not answer; send it again",
+                status=503,
+                retry_after_s=self._retry_after_s,
+            ) from error
+        seconds = time.perf_counter() - began_s
+        self._recorder.stage("model", seconds, spec.alias, spec.version, group.models.name)
+        return scores
+
+    async def _written(self, job: Job) -> None:
+        try:
+            for added in job.added:
+                await self._log.written(added)
         except ServingError as error:
             raise self._not_kept() from error
 
@@ -316,9 +347,7 @@ class Scoring:
             retry_after_s=self._retry_after_s,
         )
 
-    def _unavailable(self, error: FeatureStoreError) -> Exception:
-        if not isinstance(error, ServerGoneError):
-            return error
+    def _unavailable(self) -> RequestError:
         return RequestError(
             "the features cannot be looked up: the online store does not answer",
             status=503,
@@ -343,13 +372,6 @@ class Scoring:
             answer.versions = [model.spec.version for model in job.by_row]
             answer.routes = [model.spec.alias for model in job.by_row]
         return answer
-
-
-def _is_remote(models: ModelSet) -> bool:
-    """Say whether a model that may answer lies in other processes."""
-    if models.answer.remote:
-        return True
-    return bool(models.challengers) and any(model.remote for model in models.challengers)
 
 
 def of_version(models: ModelSet, version: int | None) -> LoadedModel:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlops_ray.config.features import RequestField
-from mlops_ray.serving.formats.fields import INT64_MAX, Column, FieldCheck
+from mlops_ray.serving.formats.fields import INT64_MAX, Column, FieldCheck, whole_bounds
 from mlops_ray.serving.formats.instants import FIRST_US, LAST_US, instants
 from mlops_ray.serving.formats.refusal import refusal
 
@@ -35,7 +35,9 @@ class ArrayCheck:
     def __init__(self, name: str, field: RequestField) -> None:
         self._name = name
         self._nullable = field.nullable
-        self._bounds = (field.minimum, field.maximum)
+        self._bounds: tuple[float | None, float | None] = (field.minimum, field.maximum)
+        if field.dtype == "int":
+            self._bounds = whole_bounds(field)
         self._slow = FieldCheck(name, field)
         self._kinds, self._wanted = _FITTING[field.dtype]
         self._make: Callable[[NDArray[Any], Mask], Column] = getattr(self, f"_{field.dtype}")
@@ -106,9 +108,8 @@ class ArrayCheck:
             self._complain(column, above)
 
     def _complain(self, column: NDArray[Any], wrong: Mask) -> None:
-        # Numbers near 2**63 are compared exactly only one by one.
-        for row in np.flatnonzero(wrong).tolist():
-            self._slow.check_bounds(column[row].item(), row)
+        row = _first(wrong)
+        self._slow.check_bounds(column[row].item(), row)
 
 
 def texts(array: NDArray[Any], name: str, known: Mask | None) -> Column:
@@ -130,18 +131,19 @@ def texts(array: NDArray[Any], name: str, known: Mask | None) -> Column:
     return np.array(values, dtype=object)
 
 
-def from_table(table: pa.Table) -> dict[str, NDArray[Any]]:
-    """Return arrays by column; a column with nulls has another, ``<name>.valid``, beside it.
+def from_table(table: pa.Table) -> tuple[dict[str, NDArray[Any]], dict[str, Mask]]:
+    """Return arrays by column, and of columns with nulls what is not null.
 
     Raises:
         RequestError: 422 where a column has a type that no input can have.
     """
     arrays: dict[str, NDArray[Any]] = {}
+    valid: dict[str, Mask] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         arrays[name] = _from_arrow(column, name)
         if column.null_count:
-            arrays[name + ".valid"] = column.is_valid().to_numpy()
-    return arrays
+            valid[name] = column.is_valid().to_numpy()
+    return arrays, valid
 
 
 def _from_arrow(column: pa.ChunkedArray, name: str) -> NDArray[Any]:
@@ -158,10 +160,13 @@ def _from_arrow(column: pa.ChunkedArray, name: str) -> NDArray[Any]:
 
 
 def _microseconds(column: pa.ChunkedArray, name: str) -> NDArray[Any]:
-    wanted = pa.timestamp("us", tz=column.type.tz)
+    if column.type.unit == "ns":
+        # What is finer than a µs is cut, as it is of a text, towards the past before 1970 too.
+        finer_ns = column.cast(pa.int64()).fill_null(0).to_numpy()
+        return (finer_ns // 1000).view(_MICROSECONDS)
     try:
-        # Of ns the rest is cut, as the digits of a text are; s and ms may be too far away for µs.
-        times = column.cast(wanted, safe=column.type.unit != "ns")
+        # Seconds and ms may be too far away for µs.
+        times = column.cast(pa.timestamp("us", tz=column.type.tz))
     except pa.ArrowInvalid:
         raise refusal("must be a time in the years 1 to 9999", name) from None
     return times.cast(pa.int64()).fill_null(0).to_numpy().view(_MICROSECONDS)

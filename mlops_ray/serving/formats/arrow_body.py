@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from mlops_ray.errors import RequestError
+from mlops_ray.serving.formats.refusal import refusal
 
 _RECORD_BATCH = "record batch"
 _SCHEMA = "schema"
 _COMPRESSED = "compressed record batch"
 _COMPRESSION_SLOT = 10
 _HEADER_SLOT = 8
+_SHOWN = 80
 _PLAIN = (
     pa.types.is_boolean,
     pa.types.is_integer,
@@ -28,7 +30,8 @@ def read_stream(body: bytes) -> pa.Table:
     """Return the table of an Arrow IPC stream.
 
     Only plain columns are taken: booleans, numbers, strings, timestamps, without compression. Of
-    others (dictionaries, runs, nulls) a body of a few kilobytes may stand for gigabytes.
+    others (dictionaries, runs, nulls) a body of a few kilobytes may stand for gigabytes, and so may
+    it where columns lie on top of each other.
 
     Raises:
         RequestError: 400 where it is no Arrow stream, 422 where it is one of those refused.
@@ -44,9 +47,12 @@ def read_stream(body: bytes) -> pa.Table:
             # A name or a zone that is no text fails here, rather than where it is first used.
             name, kind, _ = field.name, field.type, getattr(field.type, "tz", None)
             if not _is_plain(kind):
-                raise RequestError(f"send it as a plain type, not {kind}", field=name)
+                raise refusal(f"must be a plain type, not {str(kind)[:_SHOWN]}", name)
         table = stream.read_all()
         # Lengths and offsets that point out of the body must not be followed.
+        table.validate()
+        if table.nbytes > len(body):
+            raise pa.ArrowInvalid("its columns have bytes in common")
         table.validate(full=True)
         return table
     except (pa.ArrowException, OSError, struct.error, IndexError, UnicodeError) as error:

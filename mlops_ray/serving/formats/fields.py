@@ -39,9 +39,9 @@ class FieldCheck:
     def check_bounds(self, value: float, row: int) -> None:
         """Raise a RequestError 422 where a number is outside of the declared range."""
         if value < self._minimum:
-            raise refusal(f"must be at least {self._minimum:g}", self._name, row)
+            raise refusal(f"must be at least {_spelled(self._minimum)}", self._name, row)
         if value > self._maximum:
-            raise refusal(f"must be at most {self._maximum:g}", self._name, row)
+            raise refusal(f"must be at most {_spelled(self._maximum)}", self._name, row)
 
     def _string(self, value: Any, row: int) -> None:
         if type(value) is not str:
@@ -73,3 +73,17 @@ class FieldCheck:
 
     def _wrong(self, wanted: str, value: Any, row: int) -> NoReturn:
         raise refusal(f"must be {wanted}, not {kind_of(value)}", self._name, row)
+
+
+def whole_bounds(field: RequestField) -> tuple[int | None, int | None]:
+    """Return the least and the greatest whole number in a field's range, None where it has no end."""
+    low, high = field.minimum, field.maximum
+    return (
+        None if low is None or math.isinf(low) else math.ceil(low),
+        None if high is None or math.isinf(high) else math.floor(high),
+    )
+
+
+def _spelled(bound: float) -> str:
+    """Return a bound with all its digits, and without a fraction that is 0."""
+    return str(bound).removesuffix(".0")

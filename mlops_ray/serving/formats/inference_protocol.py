@@ -93,6 +93,9 @@ class InferenceProtocol:
             if size is None:
                 given += _from_json(item)
                 continue
+            if item.data is not None:
+                text = f"{item.name[:80]} has both data and binary_data_size"
+                raise RequestError(text, status=400)
             piece = data[place : place + size]
             place += size
             given.append(tensors.from_raw(item.name, item.datatype, item.shape, piece))

@@ -54,7 +54,7 @@ def instants(values: Sequence[str | None], name: str) -> NDArray[np.datetime64]:
         return quick
     try:
         found_us = [micros(moment) for moment in map(datetime.fromisoformat, values)]  # type: ignore[arg-type]
-        if FIRST_US <= min(found_us, default=0) and max(found_us, default=0) <= LAST_US:
+        if min(found_us, default=0) >= FIRST_US and max(found_us, default=0) <= LAST_US:
             return np.array(found_us, _MICROSECONDS)
     except (TypeError, ValueError):
         pass

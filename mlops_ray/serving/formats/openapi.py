@@ -51,10 +51,25 @@ _NOT_READY = {
         "content": {_JSON: {"schema": {"anyOf": [ref("Health"), ref("ProtocolError")]}}},
     }
 }
+_WHERE = (
+    "The routes lie at the root for a cluster's first endpoint, and for every endpoint also behind"
+    " `/v1/models/` and its name."
+)
 _PARTS = {
     "name": {"type": "string"},
     "version": {"type": "integer", "minimum": 0, "maximum": 10**15 - 1},
 }
+_UNLOGGED = {
+    "name": "X-Mlops-Ray-Log",
+    "in": "header",
+    "description": "Keeps the request out of the log; of a token, the scope `unlogged` allows it.",
+    "schema": {"enum": ["off"]},
+}
+_STALE = {
+    "description": "Sent where the online store could not be reached and features may be old.",
+    "schema": {"enum": ["stale"]},
+}
+_BINARY_FROM = {"description": "Sent with binary tensors: how many bytes before them are JSON."}
 _TIMEOUT = {
     "name": "X-Request-Timeout-Ms",
     "in": "header",
@@ -76,7 +91,7 @@ def document(model: str, inputs: Inputs, serving: Serving, version: str) -> Json
     protocol_errors = {f"Protocol{name}": error for name, error in _errors("ProtocolError").items()}
     content: Json = {
         "openapi": OPENAPI,
-        "info": {"title": _title(model), "version": version},
+        "info": {"title": _title(model), "version": version, "description": _WHERE},
         "paths": _Paths(model, inputs, serving).all(),
         "components": {
             "schemas": schemas(inputs, serving.max_rows),
@@ -160,15 +175,19 @@ class _Paths:
         answers = _answers(answer)
         if name == "predict":
             answers["200"]["content"][_ARROW] = {"schema": {"description": "a row for each row"}}
+            answers["200"]["headers"] = {"X-Mlops-Ray-Features": _STALE}
         operation = self._guard(name, name, summary, answers, body)
-        operation["parameters"] = [_TIMEOUT]
+        operation["parameters"] = [_TIMEOUT, _UNLOGGED] if name == "predict" else [_TIMEOUT]
         return operation
 
     def _feedback(self) -> Json:
         label = {"id": "prediction-1", "label": 1, "known_at": "2024-03-02T12:00:00Z"}
         body = {_JSON: {"schema": ref("FeedbackRequest"), "example": {"labels": [label]}}}
         summary = "Labels of predictions, by their ids; may be repeated."
-        return self._guard("feedback", "feedback", summary, _answers("FeedbackAnswer"), body)
+        answers = _answers("FeedbackAnswer")
+        operation = self._guard("feedback", "feedback", summary, answers, body)
+        operation["parameters"] = [_UNLOGGED]
+        return operation
 
     def _infer(self, name: str) -> Json:
         binary = {"schema": {"description": "JSON, and binary tensors behind it"}}
@@ -176,10 +195,14 @@ class _Paths:
         body = {_JSON: {"schema": ref("InferRequest"), "example": example}, _BINARY: binary}
         answers = _answers("InferAnswer")
         answers["200"]["content"][_BINARY] = binary
+        answers["200"]["headers"] = {
+            "X-Mlops-Ray-Features": _STALE,
+            HEADER_LENGTH.decode(): {**_BINARY_FROM, "schema": _natural()},
+        }
         operation = self._guard(name, "predict", "Scores of tensors.", answers, body, "Protocol")
         length = {"name": HEADER_LENGTH.decode(), "in": "header", "schema": _natural()}
         length["description"] = "How many bytes of the body are JSON, where tensors are binary."
-        operation["parameters"] = [length, _TIMEOUT]
+        operation["parameters"] = [length, _TIMEOUT, _UNLOGGED]
         return operation
 
     def _v2(self, name: str, summary: str, answer: str) -> Json:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlops_ray.config.features import RequestField
 from mlops_ray.serving.formats import tensors
-from mlops_ray.serving.formats.fields import INT64_MAX, INT64_MIN
+from mlops_ray.serving.formats.fields import INT64_MAX, INT64_MIN, whole_bounds
 from mlops_ray.serving.formats.inference_protocol import OUTPUTS
 from mlops_ray.serving.formats.json_body import MAX_ID_LENGTH
 
@@ -112,9 +112,11 @@ def _value(field: RequestField) -> Json:
 
 def _example(field: RequestField) -> Any:
     if field.dtype in ("int", "float"):
-        low = 0 if field.minimum is None else field.minimum
-        value = low if field.maximum is None else min(max(low, 0), field.maximum)
-        return int(-(-value // 1)) if field.dtype == "int" else float(value)
+        whole = field.dtype == "int"
+        low, high = whole_bounds(field) if whole else (field.minimum, field.maximum)
+        value = max(0, low) if low is not None else 0
+        value = min(value, high) if high is not None else value
+        return value if whole else float(value)
     return {"string": "text", "bool": True, "timestamp": _EXAMPLE_TIME}[field.dtype]
 
 

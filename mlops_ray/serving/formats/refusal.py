@@ -23,6 +23,7 @@ _NAME_CHARACTERS = 80
 
 def refusal(text: str, field: str, row: int | None = None, *, status: int = 422) -> RequestError:
     """Return the error whose message is the field's name and ``text``."""
+    field = field[:_NAME_CHARACTERS]
     return RequestError(f"{field} {text}", status=status, field=field, row=row)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlops_ray.config.features import RequestField
-from mlops_ray.serving.formats.arrays import ArrayCheck, Arrays, from_table
+from mlops_ray.serving.formats.arrays import ArrayCheck, Arrays, Mask, from_table
 from mlops_ray.serving.formats.fields import Column
 from mlops_ray.serving.formats.instants import instants
 from mlops_ray.serving.formats.json_body import JsonBody, check_ids, check_row_count
@@ -76,14 +76,14 @@ class RequestSchema:
     def parse_table(self, table: pa.Table) -> PredictRequest:
         """Return the columns of an Arrow table; its column ``id``, if there is one, holds the ids.
 
+        Nulls are Arrow's own.
+
         Raises:
             RequestError: 413 too many rows, 422 anything else.
         """
+        self._check_names(table.column_names)
         check_row_count(table.num_rows, self.max_rows, "the table")
-        for name in table.column_names:
-            if table.column_names.count(name) > 1:
-                raise refusal("is there twice", name)
-        return self.parse_arrays(from_table(table))
+        return self._request(*from_table(table))
 
     def parse_tensors(self, body: bytes) -> PredictRequest:
         """Return the columns of a safetensors body: a tensor for each input, ``[n]`` or ``[n, 1]``.
@@ -106,35 +106,43 @@ class RequestSchema:
             RequestError: 413 too many rows, 422 anything else.
         """
         given = dict(arrays)
-        ids = None if ID in self._arrays else given.pop(ID, None)
-        names = [*self._arrays] if ids is None else [*self._arrays, ID]
-        valid = {n: given.pop(n + VALID, None) for n in names if n + VALID not in self._arrays}
-        self._check_names(given)
-        rows = self._count(arrays)
+        names = {*self._arrays, ID} if ID in given else {*self._arrays}
+        masks = {n: n + VALID for n in names if n + VALID not in self._arrays}
+        valid = {n: given.pop(mask) for n, mask in masks.items() if mask in given}
+        self._check_names([*given])
+        self._count(arrays)
+        return self._request(given, valid)
+
+    def _request(self, given: Arrays, valid: Mapping[str, Mask]) -> PredictRequest:
+        """Return the request of arrays of one length, whose names are right."""
         columns = {
             name: check.column(given[name], valid.get(name)) for name, check in self._arrays.items()
         }
-        if ids is None:
+        rows = len(next(iter(columns.values())))
+        if ID in self._arrays or ID not in given:
             return PredictRequest(columns, rows, None)
-        texts = self._ids.column(ids, valid.get(ID)).tolist()
+        texts = self._ids.column(given[ID], valid.get(ID)).tolist()
         return PredictRequest(columns, rows, check_ids(texts, rows))
 
-    def _check_names(self, given: Mapping[str, Any]) -> None:
-        for name in given:
-            if name not in self._arrays:
+    def _check_names(self, names: Sequence[str]) -> None:
+        found: set[str] = set()
+        for name in names:
+            if name not in self._arrays and name != ID:
                 refuse_unknown(name, self._arrays)
+            if name in found:
+                raise refusal("is there twice", name)
+            found.add(name)
         for name in self._arrays:
-            if name not in given:
+            if name not in found:
                 raise refusal("is missing", name)
 
-    def _count(self, arrays: Arrays) -> int:
+    def _count(self, arrays: Arrays) -> None:
         first = next(iter(self._arrays))
         rows = len(arrays[first])
         for name, array in arrays.items():
             if len(array) != rows:
                 raise refusal(f"has {len(array)} values where {first} has {rows}", name)
         check_row_count(rows, self.max_rows, first)
-        return rows
 
 
 def _maker(name: str, field: RequestField) -> Callable[[Sequence[Any]], Column]:

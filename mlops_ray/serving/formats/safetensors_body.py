@@ -30,6 +30,7 @@ _DTYPES = {
     "F64": np.dtype("<f8"),
 }
 _LENGTH_BYTES = 8
+_WIDEST_TEXT = 2**31 - 1
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 
@@ -100,8 +101,8 @@ def _text(name: str, entry: _Entry, data: memoryview) -> NDArray[Any]:
         raise refusal(text, name)
     width = entry.shape[1]
     found = _bytes_of(name, entry, data, 1)
-    if not width:
-        raise refusal("must have a width of at least 1", name)
+    if not 1 <= width <= _WIDEST_TEXT:
+        raise refusal(f"must have a width of 1 to {_WIDEST_TEXT}", name)
     return np.frombuffer(found, f"S{width}").astype(object)
 
 

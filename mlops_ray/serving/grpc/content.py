@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlops_ray.errors import RequestError
+from mlops_ray.serving.endpoint.native import STALE_HEADER
 from mlops_ray.serving.formats import tensors
 from mlops_ray.serving.formats.answers import Answer
 from mlops_ray.serving.formats.inference_protocol import InferenceProtocol, InferRequest
@@ -68,6 +69,9 @@ def write(outputs: Sequence[Tensor], answer: Answer, request: Any) -> bytes:
     reply = message_class("ModelInferResponse")(model_name=answer.model, id=request.id)
     if answer.version is not None:
         reply.model_version = str(answer.version)
+    if answer.stale:
+        name, value = STALE_HEADER
+        reply.parameters[name.decode()].string_param = value.decode()
     raw = len(request.raw_input_contents) > 0
     for tensor in outputs:
         item = reply.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)

@@ -92,20 +92,26 @@ class Inference:
         return _message("ServerMetadataResponse", **server_metadata(package_version("mlops-ray")))
 
     async def _model_ready(self, body: bytes, metadata: Metadata) -> bytes:
+        endpoint = self._endpoint
+        endpoint.guard.check(_authorization(metadata), "metadata")
         message = content.parse("ModelReadyRequest", body)
-        try:
-            models = await self._models_of(message.name)
-            if message.version:
-                of_version(models, _version(message.version))
-        except RequestError:
-            return _message("ModelReadyResponse", ready=False)
-        return _message("ModelReadyResponse", ready=True)
+        ready = True
+        # To say so, a model may have to be loaded: that takes a turn, as a prediction does.
+        async with endpoint.limits.turn(_told_ms(metadata)):
+            try:
+                models = await self._models_of(message.name)
+                if message.version:
+                    of_version(models, _version(message.version))
+            except RequestError:
+                ready = False
+        return _message("ModelReadyResponse", ready=ready)
 
     async def _model_metadata(self, body: bytes, metadata: Metadata) -> bytes:
         endpoint = self._endpoint
         endpoint.guard.check(_authorization(metadata), "metadata")
         message = content.parse("ModelMetadataRequest", body)
-        models = await self._models_of(message.name)
+        async with endpoint.limits.turn(_told_ms(metadata)):
+            models = await self._models_of(message.name)
         versions = sorted({model.spec.version for model in models.all})
         if message.version:
             versions = [of_version(models, _version(message.version)).spec.version]
@@ -115,9 +121,11 @@ class Inference:
     async def _infer(self, body: bytes, metadata: Metadata) -> bytes:
         began_s = time.perf_counter()
         status, route, version = 499, "", 0  # as HTTP servers count a client that went away
+        model = ""
         try:
             reply, answer = await self._inferred(body, metadata)
             status, route, version = 200, answer.route or "", answer.version or 0
+            model = answer.model
         except RequestError as error:
             status = error.status
             raise
@@ -126,7 +134,7 @@ class Inference:
             raise
         finally:
             seconds = time.perf_counter() - began_s
-            self._endpoint.recorder.request("grpc_infer", status, route, version, seconds)
+            self._endpoint.recorder.request("grpc_infer", status, route, version, seconds, model)
         return reply
 
     async def _inferred(self, body: bytes, metadata: Metadata) -> tuple[bytes, Answer]:
@@ -173,9 +181,13 @@ def _authorization(metadata: Metadata) -> bytes | None:
 
 def _timeout_ms(message: Any, metadata: Metadata) -> int | None:
     """The shorter of what metadata and the message say."""
-    text = metadata.get(TIMEOUT_HEADER.decode())
-    told = (timeout_of(None if text is None else text.encode()), content.timeout_ms(message))
+    told = (_told_ms(metadata), content.timeout_ms(message))
     return min((wanted for wanted in told if wanted is not None), default=None)
+
+
+def _told_ms(metadata: Metadata) -> int | None:
+    text = metadata.get(TIMEOUT_HEADER.decode())
+    return timeout_of(None if text is None else text.encode())
 
 
 def _version(text: str) -> int | None:

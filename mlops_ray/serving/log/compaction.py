@@ -1,7 +1,7 @@
 """From the files of the replicas to Delta tables: each row once, whoever does it and whenever it dies.
 
-The sequence number up to which the frames of a replica are in a table is a Delta app transaction of
-that replica, committed together with the rows.
+The sequence numbers up to which the frames of the replicas are in a table are committed together with
+the rows, by an app transaction of Delta; see ``prediction_log.tables``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from mlops_ray.errors import ServingError
 from mlops_ray.metadata.files import sync
+from mlops_ray.metadata.prediction_log.fitting import Fitting
 from mlops_ray.metadata.prediction_log.frames import Frame, read_frames
 from mlops_ray.metadata.prediction_log.layout import (
     BATCH,
@@ -32,14 +33,20 @@ from mlops_ray.metadata.prediction_log.layout import (
     Kind,
     Segment,
     frames_after,
-    open_segments,
     replica_folder,
     segments,
     table_folder,
     try_lock,
+    unread_segments,
 )
 from mlops_ray.metadata.prediction_log.news import wanted_from
-from mlops_ray.metadata.prediction_log.tables import open_table, reached_by, transaction_of
+from mlops_ray.metadata.prediction_log.tables import (
+    TRANSACTION,
+    open_table,
+    read_positions,
+    remove_old_positions,
+    write_positions,
+)
 
 _BATCH_BYTES = 64 << 20
 _ATTEMPTS = 5
@@ -146,7 +153,8 @@ def _append_all(
 
     for attempt in range(1, _ATTEMPTS + 1):
         table = _ensure_table(folder, kind)
-        reached = {replica: reached_by(table, replica) for replica in found}
+        known = read_positions(folder, kind, table)
+        reached = {replica: known.get(replica, 0) for replica in found}
         try:
             for batch in _batches(kind, found, reached):
                 if batch.rows:
@@ -165,20 +173,15 @@ def _batches(
 ) -> Iterator[_Batch]:
     batch = _Batch()
     for replica, files in found.items():
-        opened = open_segments({replica: files})[replica]
-        try:
-            for frame in frames_after(opened, reached[replica]):
-                table = _rows_of(frame, kind)
-                batch.reached[replica] = frame.sequence
-                if table is not None:
-                    batch.rows.append(table)
-                    batch.bytes += table.nbytes
-                if batch.bytes >= _BATCH_BYTES:
-                    yield batch
-                    batch = _Batch()
-        finally:
-            for _, file in opened:
-                file.close()
+        for frame in frames_after(files, reached[replica]):
+            table = _rows_of(frame, kind)
+            batch.reached[replica] = frame.sequence
+            if table is not None:
+                batch.rows.append(table)
+                batch.bytes += table.nbytes
+            if batch.bytes >= _BATCH_BYTES:
+                yield batch
+                batch = _Batch()
     yield batch
 
 
@@ -189,9 +192,11 @@ def _rows_of(frame: Frame, kind: Kind) -> pa.Table | None:
 def _append(table: Any, folder: Path, kind: Kind, batch: _Batch) -> int:
     from deltalake import CommitProperties, Transaction, WriterProperties, write_deltalake
 
-    rows = pa.concat_tables(batch.rows, promote_options="permissive")
-    rows = _fitted(rows, pa.schema(table.schema().to_arrow()))
+    fitting = Fitting(pa.schema(table.schema().to_arrow()))
+    fitted = [fitting.fit(rows) for rows in batch.rows]
+    rows = pa.concat_tables(fitted, promote_options="permissive")
     rows = rows.append_column(DAY, pc.cast(rows["received"], DAY.type))
+    number = write_positions(folder, kind, table, batch.reached)
     write_deltalake(
         table,
         rows,
@@ -200,15 +205,13 @@ def _append(table: Any, folder: Path, kind: Kind, batch: _Batch) -> int:
         partition_by=[DAY.name],
         writer_properties=WriterProperties(compression="ZSTD"),
         commit_properties=CommitProperties(
-            app_transactions=[
-                Transaction(transaction_of(replica), sequence)
-                for replica, sequence in batch.reached.items()
-            ],
+            app_transactions=[Transaction(TRANSACTION, number)],
             # A second try by deltalake itself would not look at the transactions again.
             max_commit_retries=0,
         ),
     )
     _sync_commit(table_folder(folder, kind), table.version())
+    remove_old_positions(folder, kind, table)
     return int(rows.num_rows)
 
 
@@ -224,36 +227,6 @@ def _ensure_table(folder: Path, kind: Kind) -> Any:
     return table
 
 
-def _fitted(rows: pa.Table, stored: pa.Schema) -> pa.Table:
-    """Give fields a name of their own whose type the table has otherwise, such as ``shop__string``.
-
-    A service may declare an input anew with another type; rows of both must fit into one table.
-    """
-    for place, column in enumerate(rows.schema):
-        if pa.types.is_struct(column.type) and column.name in stored.names:
-            known = {field.name: field.type for field in stored.field(column.name).type}
-            names = [
-                f.name if known.get(f.name, f.type) == f.type else f"{f.name}__{_word(f.type)}"
-                for f in column.type
-            ]
-            if names != [f.name for f in column.type]:
-                renamed = pa.struct(
-                    [f.with_name(name) for f, name in zip(column.type, names, strict=True)]
-                )
-                chunks = [_named(chunk, renamed) for chunk in rows[column.name].chunks]
-                rows = rows.set_column(place, column.name, pa.chunked_array(chunks, renamed))
-    return rows
-
-
-def _named(struct: pa.StructArray, kind: pa.StructType) -> pa.StructArray:
-    fields = [struct.field(place) for place in range(kind.num_fields)]
-    return pa.StructArray.from_arrays(fields, fields=list(kind), mask=struct.is_null())
-
-
-def _word(kind: pa.DataType) -> str:
-    return str(kind).partition("[")[0]
-
-
 def _remove_segments(
     folder: Path,
     found: Mapping[str, list[Segment]],
@@ -261,6 +234,18 @@ def _remove_segments(
     done: Compacted,
 ) -> None:
     readers = wanted_from(folder)
+    with unread_segments(folder) as alone:
+        if alone:
+            _remove_passed(folder, found, reached, readers, done)
+
+
+def _remove_passed(
+    folder: Path,
+    found: Mapping[str, list[Segment]],
+    reached: Mapping[Kind, Mapping[str, int]],
+    readers: Sequence[Mapping[str, int]],
+    done: Compacted,
+) -> None:
     for replica, files in found.items():
         passed = min(reached[kind][replica] for kind in KINDS)
         if not replica.startswith(BATCH):

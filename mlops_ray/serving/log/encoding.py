@@ -16,8 +16,7 @@ from mlops_ray.config.serving import PredictionLog as Settings
 from mlops_ray.features.definitions import ARROW_TYPES
 from mlops_ray.metadata.delta import prediction_schema
 from mlops_ray.metadata.prediction_log.frames import Counts, encode
-from mlops_ray.metadata.prediction_log.layout import INSTANT, LABELS, PREDICTIONS
-from mlops_ray.metadata.prediction_log.news import SHADOW
+from mlops_ray.metadata.prediction_log.layout import INSTANT, LABELS, PREDICTIONS, SHADOW
 from mlops_ray.serving.formats.feedback import Feedback
 from mlops_ray.serving.log.redaction import Redaction, chosen
 from mlops_ray.serving.log.shadows import Shadows
@@ -67,8 +66,12 @@ Told = tuple[int, Feedback]
 
 @dataclass
 class _Rows:
-    """Answered rows of one model as long columns."""
+    """Answered rows of one model as long columns; ``name`` where it is not the endpoint's own.
 
+    Of those, the monitor wants nothing.
+    """
+
+    name: str | None
     model: LoadedModel
     ids: list[str]
     times: NDArray[np.datetime64]
@@ -102,7 +105,8 @@ class Encoding:
         counts: Counts = {}
         for group in _groups(answered):
             rows = self._rows(group)
-            _count(counts, rows)
+            if rows.name is None:
+                _count(counts, rows)
             self._split(rows, kept, others)
         return encode(
             sequence,
@@ -136,6 +140,7 @@ class Encoding:
             "latency_us": pa.array(np.concatenate([item.latency_us for item in items]), pa.int64()),
         }
         return _Rows(
+            models.name if models else None,
             model,
             ids,
             times,
@@ -148,7 +153,7 @@ class Encoding:
 
     def _split(self, rows: _Rows, kept: list[pa.Table], others: list[pa.Table]) -> None:
         choice = chosen(rows.ids, self._sample)
-        if not choice.all():
+        if not choice.all() and rows.name is None:
             others.append(rows.slim.filter(pa.array(~choice)))
         if choice.any():
             table = self._whole(rows)
@@ -159,6 +164,7 @@ class Encoding:
         columns = {name: rows.slim[name] for name in rows.slim.column_names}
         columns |= {name: rows.beside[name] for name in rows.beside.column_names}
         columns["sample"] = pa.array(np.full(count, self._sample))
+        columns["model"] = pa.array([rows.name] * count, pa.string())
         shadows = [name for name in rows.slim.column_names if name.startswith(SHADOW)]
         table = pa.table({name: columns[name] for name in [*PREDICTIONS.names, *shadows]})
         for name, values, types in (
@@ -195,7 +201,8 @@ def _count(total: Counts, rows: _Rows) -> None:
     """
     model = rows.model
     known = total.setdefault(model.reference_digest, {})
-    read = {name: rows.columns[name] for name in model.features}
+    # A graph may make features of its own; those are in no request's columns.
+    read = {name: rows.columns[name] for name in model.features if name in rows.columns}
     days = rows.times.astype("datetime64[D]")
     found, sizes = np.unique(days, return_counts=True)
     if len(found) > _MOST_DAYS:

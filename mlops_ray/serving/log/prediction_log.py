@@ -37,22 +37,25 @@ MAX_PENDING_ROWS = 500_000
 MAX_PENDING_BYTES = 512 << 20
 """The same of their values; an estimate."""
 
+_VALUE_BYTES = 8
+_LABEL_BYTES = 64
+
 
 class Batch:
     """What goes to disk together. ``done`` says how that ended, where somebody waits for it."""
 
-    __slots__ = ("answered", "bytes", "done", "labels", "lost", "rows")
+    __slots__ = ("answered", "done", "labels", "lost", "rows", "size")
 
     def __init__(self) -> None:
         self.answered: list[Received] = []
         self.labels: list[Told] = []
         self.rows = 0
-        self.bytes = 0
+        self.size = 0
         self.lost: list[Answered | Feedback] = []
         self.done: asyncio.Future[Exception | None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Added:
     """What was added, and with what it goes to disk; None where it is dropped."""
 
@@ -64,7 +67,8 @@ class PredictionLog:
     """The log of one replica, in the project's folder of predictions; see ``prediction_log.layout``.
 
     All methods belong to the event loop's thread. With ``durability: interval`` what a kill can lose
-    is what was added within the last ``every``, and the time of one write. With ``answered`` whoever
+    is what was added within the last ``every``, and the time of one write; it waits for models in shadow
+    only so long (see ``shadows``). With ``answered`` whoever
     answers awaits ``written`` before: requests that wait at the same time share one write.
 
     While the disk refuses, rows wait in memory, ``MAX_PENDING_ROWS`` of them or ``MAX_PENDING_BYTES``,
@@ -132,10 +136,10 @@ class PredictionLog:
         """Keep labels. The same label may come again: readers take the last one of an id.
 
         Raises:
-            ServingError: As ``add``.
+            ServingError: There is no room for them: who sent them may do so again.
         """
         rows = len(feedback.ids)
-        batch = self._room(rows, rows * _LABEL_BYTES)
+        batch = self._room(rows, rows * _LABEL_BYTES, needed=True)
         if batch is not None:
             batch.labels.append((time.time_ns(), feedback))
         return Added(feedback, batch)
@@ -193,20 +197,26 @@ class PredictionLog:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.close)
         self._thread.shutdown()
 
-    def _room(self, rows: int, size: int) -> Batch | None:
-        """Return the batch that takes rows, None where there is no room for them."""
+    def _room(self, rows: int, size: int, *, needed: bool = False) -> Batch | None:
+        """Return the batch that takes rows, None where there is no room for them.
+
+        Raises:
+            ServingError: There is none, and the rows are ``needed``, or answers wait.
+        """
         full = self._rows >= MAX_PENDING_ROWS or self._bytes >= MAX_PENDING_BYTES
         if not full and not self._closing.is_set():
             batch = self._batch
             self._rows += rows
             self._bytes += size
             batch.rows += rows
-            batch.bytes += size
+            batch.size += size
             if self.answers_wait and batch.done is None:
                 batch.done = asyncio.get_running_loop().create_future()
             return batch
-        if self.answers_wait:
-            raise self._unwritable(f"{self._rows} rows wait for the disk" if full else "it is closed")
+        if needed or self.answers_wait:
+            raise self._unwritable(
+                f"{self._rows} rows wait for the disk" if full else "it is closed"
+            )
         self.dropped_rows += rows
         return None
 
@@ -234,8 +244,10 @@ class PredictionLog:
             self._wake.clear()
             try:
                 await self.flush()
-            except OSError:
-                # It has been said; what waits is tried again.
+            except Exception as error:
+                # What waits is tried again; that the disk refuses has been said.
+                if not isinstance(error, OSError):
+                    logger.exception("the prediction log could not be written")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), every_s)
 
@@ -253,15 +265,17 @@ class PredictionLog:
         async with self._flushing:
             batch, self._batch = self._batch, Batch()
             outcome = _Outcome()
+            ending: Exception | None = RuntimeError("the write was cut short")
             try:
                 if self._rows:
                     outcome = await asyncio.get_running_loop().run_in_executor(
                         self._thread, self._write, batch
                     )
                 self._settle(outcome)
+                ending = outcome.error
             finally:
-                if batch.done is not None and not batch.done.done():
-                    batch.done.set_result(outcome.error)
+                if batch.done is not None:
+                    batch.done.set_result(ending)
             if outcome.error is not None:
                 raise outcome.error
             return outcome.written
@@ -269,7 +283,7 @@ class PredictionLog:
     def _settle(self, outcome: _Outcome) -> None:
         """Take over what the writing thread has achieved."""
         self._rows -= outcome.written + outcome.dropped
-        self._bytes -= outcome.bytes
+        self._bytes -= outcome.size
         self.dropped_rows += outcome.dropped
         if outcome.error is None:
             if self._failing is not None:
@@ -278,7 +292,7 @@ class PredictionLog:
             return
         if self.answers_wait:
             self._rows -= sum(frame.rows for frame in self._frames)
-            self._bytes -= sum(frame.bytes for frame in self._frames)
+            self._bytes -= sum(frame.size for frame in self._frames)
             self._frames.clear()
         if self._failing is None:
             logger.error("the prediction log cannot be written: %s", outcome.error)
@@ -288,8 +302,7 @@ class PredictionLog:
         """Write the frames that wait, and then those of this batch; in the writing thread."""
         outcome = _Outcome()
         if batch.rows:
-            self._encode(batch)
-            outcome.dropped = sum(len(item.ids) for item in batch.lost)
+            self._encode(batch, outcome)
         try:
             while self._frames:
                 # The very same bytes as in a failed try: who has seen these will see no others.
@@ -297,22 +310,39 @@ class PredictionLog:
                 self._writer.append(frame.sequence, frame.data)
                 self._frames.popleft()
                 outcome.written += frame.rows
-                outcome.bytes += frame.bytes
+                outcome.size += frame.size
         except OSError as error:
             outcome.error = error
         return outcome
 
-    def _encode(self, batch: Batch) -> None:
-        """Make a frame; where that cannot be, leave out what keeps it from being one."""
+    def _encode(self, batch: Batch, outcome: _Outcome) -> None:
+        """Make a frame; where that cannot be, one of each item, and leave out what cannot be one."""
         try:
-            self._append_frame(batch.answered, batch.labels, batch.bytes)
+            self._append_frame(batch.answered, batch.labels, batch.size)
             return
         except Exception:
             logger.exception("some rows cannot be logged")
         for item in batch.answered:
-            self._encode_alone(batch, [item], [])
+            self._encode_alone(batch, outcome, item[1], [item], [], self._size(item[1]))
         for told in batch.labels:
-            self._encode_alone(batch, [], [told])
+            size = len(told[1].ids) * _LABEL_BYTES
+            self._encode_alone(batch, outcome, told[1], [], [told], size)
+
+    def _encode_alone(
+        self,
+        batch: Batch,
+        outcome: _Outcome,
+        item: Answered | Feedback,
+        answered: list[Received],
+        labels: list[Told],
+        size: int,
+    ) -> None:
+        try:
+            self._append_frame(answered, labels, size)
+        except Exception:
+            batch.lost.append(item)
+            outcome.dropped += len(item.ids)
+            outcome.size += size
 
     def _append_frame(self, answered: list[Received], labels: list[Told], size: int) -> None:
         data = self._encoding.frame(self._sequence + 1, answered, labels)
@@ -325,14 +355,15 @@ class PredictionLog:
 class _Frame:
     sequence: int
     rows: int
-    bytes: int
+    size: int
     data: bytes
 
 
 @dataclass
 class _Outcome:
-    """What became of a try to write: rows, and the error that ended it."""
+    """What became of a try to write: rows, their size in bytes, and the error that ended it."""
 
     written: int = 0
     dropped: int = 0
+    size: int = 0
     error: OSError | None = None

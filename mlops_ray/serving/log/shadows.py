@@ -56,7 +56,11 @@ class Shadows:
             values: Scores | None = scores
             if shadow.scorer is not model.scorer:
                 future = asked.get(shadow.spec)
-                values = future and self._outcome(shadow.spec, future, len(scores), deadline_s)
+                values = (
+                    None
+                    if future is None
+                    else self._outcome(shadow.spec, future, len(scores), deadline_s)
+                )
             found[shadow.spec.alias] = (
                 pa.nulls(len(scores), pa.float64()) if values is None else pa.array(values)
             )

@@ -146,7 +146,7 @@ class _Game:
     weights: NDArray[np.float64]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _game(players: int, orders: int) -> _Game:
     return _all_coalitions(players) if players <= EXACT_FEATURES else _sampled(players, orders)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ After = Callable[[NDArray[Any], Columns], NDArray[Any]]
 
 
 class GraphFunctions:
-    """The functions of a graph, imported.
+    """The functions of a graph, imported. Their arrays are read-only: others read them as well.
 
     Raises:
         MlopsRayError: One is not on the allow-list, or cannot be imported.
@@ -41,7 +41,7 @@ class GraphFunctions:
         """
         rows = _rows(columns)
         for name, function in self._before:
-            columns = function(dict(columns))
+            columns = function(_read_only(columns))
             if not isinstance(columns, Mapping) or any(
                 np.shape(c) != rows for c in columns.values()
             ):
@@ -53,13 +53,15 @@ class GraphFunctions:
         return columns
 
     def finish(self, scores: Scores, columns: Columns) -> Scores:
-        """Return the final scores; ``columns`` are those that the models scored.
+        """Return the final scores, contiguous; ``columns`` are those that the models scored.
 
         Raises:
             ServingError: A function gave something other than as many scores in [0, 1].
         """
         for name, function in self._after:
-            found = np.asarray(function(scores, columns), dtype=np.float64)
+            given = function(_view(scores), _read_only(columns))
+            # Answers are written from memory without gaps.
+            found = np.asarray(given, dtype=np.float64, order="C")
             if found.shape != scores.shape or not ((found >= 0) & (found <= 1)).all():
                 raise ServingError(
                     f"{name} gave no {len(scores)} scores between 0 and 1",
@@ -97,17 +99,25 @@ class GraphScorer:
 class AsyncGraphScorer(GraphScorer):
     """The same where some of the models are in other processes, which then score at one time."""
 
+    def __init__(self, functions: GraphFunctions, members: Sequence[tuple[Scorer, float]]) -> None:
+        super().__init__(functions, members)
+        self._scores = [_awaited(scorer) for scorer, _ in members]
+
     async def apredict(self, columns: Columns) -> Scores:
         """Return what ``predict`` returns, while the event loop goes on."""
         prepared = self._functions.prepare(columns)
-        found = await asyncio.gather(*(_score(scorer, prepared) for scorer, _ in self._members))
+        found = await asyncio.gather(*(score(prepared) for score in self._scores))
         return self._functions.finish(self._mean(found), prepared)
 
 
-async def _score(scorer: Scorer, columns: Columns) -> Scores:
+def _awaited(scorer: Scorer) -> Callable[[Columns], Awaitable[Scores]]:
     if isinstance(scorer, AsyncScorer):
-        return await scorer.apredict(columns)
-    return scorer.predict(columns)
+        return scorer.apredict
+
+    async def score(columns: Columns) -> Scores:
+        return scorer.predict(columns)
+
+    return score
 
 
 def _load(name: str) -> Callable[..., Any]:
@@ -115,6 +125,16 @@ def _load(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ServingError(f"{name} is no function", where="serving.graph")
     return cast(Callable[..., Any], function)
+
+
+def _read_only(columns: Columns) -> Columns:
+    return {name: _view(np.asarray(values)) for name, values in columns.items()}
+
+
+def _view(values: NDArray[Any]) -> NDArray[Any]:
+    view = values.view()
+    view.flags.writeable = False
+    return view
 
 
 def _rows(columns: Columns) -> tuple[int]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlops_ray.config.serving import Graph
 from mlops_ray.errors import ServingError
-from mlops_ray.metadata.package import Package
+from mlops_ray.metadata.package import EncoderSpec, Package
 from mlops_ray.metadata.profile import Reference
 from mlops_ray.serving.models.explanation import Explainer, Explanation, Value, baseline_of
 from mlops_ray.serving.models.graph import AsyncGraphScorer, GraphFunctions, GraphScorer
@@ -140,27 +140,43 @@ class ModelLoader:
                 member of the graph is not served, or the graph cannot score.
         """
         held = {} if current is None else current.packages
+        offered = self._offered
         packages: dict[Place, LoadedModel] = {}
         for spec in served.all:
             place = self._place(spec)
             if place not in packages:
-                packages[place] = held.get(place) or self._load(spec)
+                packages[place] = held.get(place) or self._load(spec, *offered)
         by_alias = {s.alias: replace(packages[self._place(s)], spec=s) for s in served.all}
         loaded = self._surround([by_alias[spec.alias] for spec in served.all])
         last = 1 + len(served.challengers)
         return ModelSet(served, loaded[0], tuple(loaded[last:]), tuple(loaded[1:last]), packages)
 
+    @cached_property
+    def _offered(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The numeric and categorical columns that models get: those of the graph's functions."""
+        if not self._functions:
+            return self._numeric, self._categorical
+        try:
+            found = self._functions.prepare(_missing_rows(self._numeric, self._categorical, 2))
+        except Exception as error:
+            raise _graph_error(error) from error
+        texts = {name for name, values in found.items() if np.asarray(values).dtype.kind in "OSU"}
+        return frozenset(found) - texts, frozenset(texts)
+
     def _place(self, spec: ModelSpec) -> Place:
         return spec.path, spec.alias if spec.alias in self._remotes else ""
 
-    def _load(self, spec: ModelSpec) -> LoadedModel:
+    def _load(
+        self, spec: ModelSpec, numeric: frozenset[str], categorical: frozenset[str]
+    ) -> LoadedModel:
         from mlops_ray.metadata import package
 
         try:
             read = package.read(Path(spec.path))
-            self._check_fit(read)
+            encoder, reference = read.manifest.encoder, read.reference
+            _check_fit(encoder, numeric, categorical)
             scorer, form = self._scorer(spec, read)
-            self._probe(scorer, read)
+            _check_scores(scorer, encoder.numeric, encoder.categorical)
         except Exception as error:
             raise ServingError(
                 f"version {spec.version} ({spec.alias}) cannot be served",
@@ -168,7 +184,6 @@ class ModelLoader:
                 why=str(error) or type(error).__name__,
                 fix="train and register the model again, or move the alias to another version",
             ) from error
-        encoder, reference = read.manifest.encoder, read.reference
         return LoadedModel(
             spec,
             scorer,
@@ -189,18 +204,6 @@ class ModelLoader:
         predictor = Predictor(read, fastest=True, gpu=self._gpu)
         return predictor, predictor.form
 
-    def _check_fit(self, read: Package) -> None:
-        encoder = read.manifest.encoder
-        unknown = (
-            set(encoder.numeric) - self._numeric | set(encoder.categorical) - self._categorical
-        )
-        if unknown:
-            raise ValueError(f"it needs features that the endpoint has not: {sorted(unknown)}")
-
-    def _probe(self, scorer: Scorer, read: Package) -> None:
-        encoder = read.manifest.encoder
-        _check_score(scorer, _missing_row(encoder.numeric, encoder.categorical))
-
     def _surround(self, models: list[LoadedModel]) -> list[LoadedModel]:
         """Put the graph around the models; equal models stay one."""
         if not self._graph.members and not self._functions:
@@ -212,22 +215,20 @@ class ModelLoader:
         scorers = [wrapped[id(model.scorer)] for model in models]
         if self._graph.members:
             scorers[0] = _graph_scorer(self._functions, self._members(models))
-        everything = _missing_row(self._numeric, self._categorical)
         try:
             for scorer in {id(scorer): scorer for scorer in scorers}.values():
-                _check_score(scorer, everything)
+                _check_scores(scorer, self._numeric, self._categorical)
         except Exception as error:
-            raise ServingError(
-                "the graph cannot score a row of missing values",
-                where="serving.graph",
-                why=str(error) or type(error).__name__,
-                fix="let its functions take NaN in numeric columns, None and '' in the others",
-            ) from error
-        unread: dict[str, Value] = {name: values[0] for name, values in everything.items()}
+            raise _graph_error(error) from error
         return [
-            replace(model, scorer=scorer, baseline=unread | dict(model.baseline))
+            replace(model, scorer=scorer, baseline=self._baseline(model))
             for model, scorer in zip(models, scorers, strict=True)
         ]
+
+    def _baseline(self, model: LoadedModel) -> dict[str, Value]:
+        """Return a model's baseline over the endpoint's columns, which are what a graph reads."""
+        missing = _missing_rows(self._numeric, self._categorical, 1)
+        return {name: model.baseline.get(name, values[0]) for name, values in missing.items()}
 
     def _members(self, models: list[LoadedModel]) -> list[tuple[Scorer, float]]:
         answer, weights = models[0].spec.alias, self._graph.members
@@ -247,12 +248,31 @@ def _graph_scorer(functions: GraphFunctions, members: list[tuple[Scorer, float]]
     return (AsyncGraphScorer if remote else GraphScorer)(functions, members)
 
 
-def _missing_row(numeric: Iterable[str], categorical: Iterable[str]) -> Columns:
-    columns: Columns = {name: np.full(1, np.nan) for name in numeric}
-    return columns | {name: np.array([""], dtype=object) for name in categorical}
+def _graph_error(error: Exception) -> ServingError:
+    return ServingError(
+        "the graph cannot score rows of missing values",
+        where="serving.graph",
+        why=str(error) or type(error).__name__,
+        fix="let its functions take NaN in numeric columns, None and '' in the others, and give"
+        " new arrays: those that they get are read-only",
+    )
 
 
-def _check_score(scorer: Scorer, row: Columns) -> None:
-    score = scorer.predict(row)
-    if score.shape != (1,) or not 0.0 <= score[0] <= 1.0:
-        raise ValueError(f"it answers a row of missing values with {score}, not with a score")
+def _check_fit(encoder: EncoderSpec, numeric: frozenset[str], categorical: frozenset[str]) -> None:
+    unknown = set(encoder.numeric) - numeric | set(encoder.categorical) - categorical
+    if unknown:
+        raise ValueError(f"it needs features that the endpoint has not: {sorted(unknown)}")
+
+
+def _missing_rows(numeric: Iterable[str], categorical: Iterable[str], rows: int) -> Columns:
+    columns: Columns = {name: np.full(rows, np.nan) for name in numeric}
+    return columns | {name: np.array([""] * rows, dtype=object) for name in categorical}
+
+
+def _check_scores(scorer: Scorer, numeric: Iterable[str], categorical: Iterable[str]) -> None:
+    # Shapes and gaps in memory that are wrong for several rows can look right for one.
+    for rows in (1, 2):
+        scores = scorer.predict(_missing_rows(numeric, categorical, rows))
+        if scores.shape != (rows,) or not ((scores >= 0.0) & (scores <= 1.0)).all():
+            text = f"it answers {rows} rows of missing values with {scores}, not with scores"
+            raise ValueError(text)

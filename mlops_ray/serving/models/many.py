@@ -8,6 +8,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import translate
@@ -22,7 +23,11 @@ from mlops_ray.serving.models.served import ModelSpec, ServedModels
 REFRESH_S = 5.0
 """How long a model is answered with before the registry is asked whether its alias has moved."""
 
+WAITING_LOOKUPS = 64
+"""Names that may wait to be looked up; with more, requests for further ones are refused."""
+
 _REMEMBERED_REFUSALS = 1024
+_LOOKUP_THREADS = 2
 
 logger = logging.getLogger("ray.serve")
 
@@ -81,6 +86,9 @@ class ManyModels:
         self._models: OrderedDict[str, _Held] = OrderedDict()
         self._loading: dict[str, asyncio.Task[ModelSet]] = {}
         self._refused: OrderedDict[str, _Refusal] = OrderedDict()
+        # Threads of its own: whoever asks for names that are not there keeps nobody else's work waiting.
+        self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
+        self._sought: set[str] = set()
         # One at a time: each that is being loaded is one more than are held.
         self._turn = asyncio.Lock()
 
@@ -97,7 +105,7 @@ class ManyModels:
         """Return the model that answers for ``name``; it has neither challengers nor shadows.
 
         Raises:
-            RequestError: 404, there is no such model here.
+            RequestError: 404, there is no such model here; 503, too many are asked for at once.
             ServingError: It cannot be loaded.
         """
         held = self._models.get(name)
@@ -116,13 +124,18 @@ class ManyModels:
             raise copy(refusal.error)
         task = self._loading.get(name)
         if task is None:
+            if len(self._sought) >= WAITING_LOOKUPS:
+                raise RequestError(
+                    "too many models are asked for at once", status=503, retry_after_s=1.0
+                )
+            self._sought.add(name)
             task = self._loading[name] = asyncio.create_task(self._load_first(name))
         # Others wait for the same task: a request that is given up must not end it.
         return await asyncio.shield(task)
 
     async def _load_first(self, name: str) -> ModelSet:
         try:
-            models = await self._load(name, await asyncio.to_thread(self._find, name), None)
+            models = await self._load(name, await self._look_up(name), None)
             self._refused.pop(name, None)
             self._models[name] = _Held(models, self._clock_s())
             while len(self._models) > self._many.keep:
@@ -140,7 +153,7 @@ class ManyModels:
 
     async def _refresh(self, name: str, held: _Held) -> None:
         try:
-            found = await asyncio.to_thread(self._find, name)
+            found = await self._look_up(name)
             if found != held.models.answer.spec:
                 held.models = await self._load(name, found, held.models)
         except Exception as error:
@@ -148,6 +161,13 @@ class ManyModels:
             logger.error("model %s goes on as version %d: %s", name, version, error)
         finally:
             held.checked_s, held.refreshing = self._clock_s(), None
+
+    async def _look_up(self, name: str) -> ModelSpec:
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._lookups, self._find, name)
+        finally:
+            self._sought.discard(name)
 
     def _find(self, name: str) -> ModelSpec:
         try:
