@@ -16,6 +16,7 @@ from mlops_ray.errors import FeatureStoreError, SchemaError
 from mlops_ray.features.columns import NO_TIME, column, instants, wrong_type
 
 Columns = dict[str, NDArray[Any]]
+Inputs = Mapping[str, NDArray[Any]]
 RequestFunction = Callable[[Columns], Mapping[str, Any]]
 
 _MANY_ROWS = 1024
@@ -126,7 +127,7 @@ def _stored(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))
 
 
-def on_demand_features(features: Features, service: str) -> Callable[[Columns, Columns], Columns]:
+def on_demand_features(features: Features, service: str) -> Callable[[Inputs, Inputs], Columns]:
     """Return what computes a service's on-demand features, its functions already imported.
 
     It takes the service's inputs and the stored features by column name, arrays [n], and returns
@@ -141,10 +142,10 @@ def on_demand_features(features: Features, service: str) -> Callable[[Columns, C
         (load(view.function), view) for view in on_demand_views(features, service)
     ]
 
-    def compute(inputs: Columns, stored: Columns) -> Columns:
+    def compute(inputs: Inputs, stored: Inputs) -> Columns:
         columns: Columns = {}
         for function, view in views:
-            given = inputs | {name: stored[name] for name in view.features}
+            given = {**inputs, **{name: stored[name] for name in view.features}}
             columns |= _compute(function, view, given, len(inputs[time]))
         return columns
 

@@ -14,12 +14,41 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from torch import Tensor, nn
 
 from mlops_ray.errors import TrainingError
+from mlops_ray.features.matrix import FeatureMatrix
 from mlops_ray.metadata.package import EncoderSpec
 
 Columns = Mapping[str, npt.NDArray[Any]]
 Inputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+RawInputs = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
+
+
+class Scaling(nn.Module):
+    """Standardises, clips and fills numeric columns, and adds the indicators of missing values.
+
+    A module, so that a model that serves has it inside whatever it is compiled to.
+    """
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.clip = spec.clip
+        self.has_indicators = bool(spec.indicators)
+        places = [spec.numeric.index(name) for name in spec.indicators]
+        self.means = nn.Buffer(torch.tensor(spec.means, dtype=torch.float64))
+        self.stds = nn.Buffer(torch.tensor(spec.stds, dtype=torch.float64))
+        self.places = nn.Buffer(torch.tensor(places, dtype=torch.int64))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Map float64 [n, features] to float32 [n, features + indicators]."""
+        scores = (numbers - self.means) / self.stds
+        missing = torch.isnan(scores)
+        scores = scores.clamp(-self.clip, self.clip).masked_fill(missing, 0.0).float()
+        if not self.has_indicators:
+            return scores
+        return torch.cat([scores, missing[:, self.places].float()], dim=1)
 
 
 class Encoder:
@@ -27,12 +56,7 @@ class Encoder:
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
-        self._clip = spec.clip
-        self._width = spec.num_numeric
-        self._means = np.asarray(spec.means, dtype=np.float64)[:, None]
-        self._stds = np.asarray(spec.stds, dtype=np.float64)[:, None]
-        places = {name: place for place, name in enumerate(spec.numeric)}
-        self._indicators = np.asarray([places[name] for name in spec.indicators], dtype=np.int64)
+        self.scaling = Scaling(spec)
         self._codes = [
             {value: code for code, value in enumerate(vocabulary, start=1)}
             for vocabulary in spec.vocabularies
@@ -64,33 +88,36 @@ class Encoder:
         Raises:
             TrainingError: a feature column is missing.
         """
+        numbers, codes = self.raw(columns)
+        with torch.inference_mode():
+            encoded: npt.NDArray[np.float32] = self.scaling(torch.from_numpy(numbers)).numpy()
+        return encoded, codes
+
+    def raw(self, columns: Columns) -> RawInputs:
+        """Return the same before ``scaling``: the numeric columns as they are, float64 [n, features].
+
+        Raises:
+            TrainingError: a feature column is missing.
+        """
         try:
-            numeric = [columns[name] for name in self.spec.numeric]
+            numbers = self._numbers(columns)
             categorical = [columns[name] for name in self.spec.categorical]
         except KeyError:
             raise self._missing(columns) from None
-        rows = len(numeric[0]) if numeric else len(categorical[0])
-        codes = np.empty((rows, len(categorical)), dtype=np.int64)
+        if numbers is None:
+            numbers = np.empty((len(categorical[0]), 0))
+        codes = np.empty((len(numbers), len(categorical)), dtype=np.int64)
         for place, values in enumerate(categorical):
             codes[:, place] = self._encode_values(place, values)
-        return self._standardise(numeric, rows), codes
+        return numbers, codes
 
-    def _standardise(self, columns: list[npt.NDArray[Any]], rows: int) -> npt.NDArray[np.float32]:
-        count, width = len(columns), self._width
-        encoded = np.empty((rows, width), dtype=np.float32)
-        if count:
-            scores = np.array(columns, dtype=np.float64)
-            scores -= self._means
-            scores /= self._stds
-            missing = np.isnan(scores)
-            # Two ufuncs take a third of np.clip's time on one row.
-            np.minimum(scores, self._clip, out=scores)
-            np.maximum(scores, -self._clip, out=scores)
-            scores[missing] = 0.0
-            encoded[:, :count] = scores.T
-            if width > count:
-                encoded[:, count:] = missing[self._indicators].T
-        return encoded
+    def _numbers(self, columns: Columns) -> npt.NDArray[np.float64] | None:
+        names = self.spec.numeric
+        if isinstance(columns, FeatureMatrix) and columns.numeric == names:
+            return columns.matrix
+        if not names:
+            return None
+        return np.array([columns[name] for name in names], dtype=np.float64).T
 
     def _encode_values(self, place: int, values: npt.NDArray[Any]) -> list[int]:
         code = self._codes[place].get

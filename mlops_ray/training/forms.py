@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-Inputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+Inputs = tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.int64]]
 Scores = npt.NDArray[np.float64]
 
 EAGER, TORCHSCRIPT, ONNX = "eager", "torchscript", "onnx"
@@ -39,8 +39,10 @@ class Form(Protocol):
 
     name: str
 
-    def __call__(self, numeric: npt.NDArray[np.float32], codes: npt.NDArray[np.int64]) -> Scores:
-        """Return the scores, float64 [n], of encoded rows: float32 [n, k] and int64 [n, c]."""
+    def __call__(
+        self, numeric: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np.int64]
+    ) -> Scores:
+        """Return the scores, float64 [n], of rows: numbers [n, k], of one dtype, and int64 [n, c]."""
 
 
 def frozen(module: nn.Module, probes: Sequence[Inputs], device: str = "cpu") -> Form:
@@ -82,7 +84,7 @@ class _Scored(nn.Module):
         self.module = module
 
     def forward(self, x_num: Tensor, x_cat: Tensor) -> Tensor:
-        """Map encoded rows to scores, float64 [n]."""
+        """Map rows to scores, float64 [n]."""
         return torch.sigmoid(self.module(x_num, x_cat).double())
 
 
@@ -94,8 +96,10 @@ class _TorchForm:
         self._module = module
         self._device = None if device == "cpu" else torch.device(device)
 
-    def __call__(self, numeric: npt.NDArray[np.float32], codes: npt.NDArray[np.int64]) -> Scores:
-        """Return the scores of encoded rows."""
+    def __call__(
+        self, numeric: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np.int64]
+    ) -> Scores:
+        """Return the scores of rows."""
         with torch.inference_mode():
             x_num, x_cat = torch.from_numpy(numeric), torch.from_numpy(codes)
             if self._device is None:
@@ -123,8 +127,10 @@ class _OnnxForm:
         # The exporter leaves out an input that the module does not use.
         self._named = {found.name for found in session.get_inputs()}
 
-    def __call__(self, numeric: npt.NDArray[np.float32], codes: npt.NDArray[np.int64]) -> Scores:
-        """Return the scores of encoded rows."""
+    def __call__(
+        self, numeric: npt.NDArray[np.floating[Any]], codes: npt.NDArray[np.int64]
+    ) -> Scores:
+        """Return the scores of rows."""
         given = {"x_num": numeric, "x_cat": codes}
         if len(self._named) < len(given):
             given = {name: given[name] for name in self._named}
@@ -223,7 +229,7 @@ def _equal(form: Form, probes: Sequence[Inputs], expected: Sequence[Scores]) -> 
 
 
 def _sized(probes: Sequence[Inputs], rows: int) -> Inputs:
-    """Return encoded rows, repeated or cut to this many."""
+    """Return rows, repeated or cut to this many."""
     numeric, codes = max(probes, key=lambda probe: len(probe[0]))
     places = np.arange(rows) % len(numeric)
     return numeric[places], codes[places]

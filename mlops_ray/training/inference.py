@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mlops_ray.errors import TrainingError
 from mlops_ray.metadata.package import EncoderSpec, Package
@@ -45,9 +45,10 @@ class Predictor:
         spec = package.manifest.encoder
         device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
         self._encoder = Encoder(spec)
-        probes = [self._encoder.encode(_probe(spec, rows)) for rows in _PROBE_ROWS]
+        probes = [self._encoder.raw(_probe(spec, rows)) for rows in _PROBE_ROWS]
         choose = forms.fastest if fastest else forms.frozen
-        self._form = choose(_load(package), probes, device)
+        whole = _Whole(self._encoder.scaling, _load(package)).eval()
+        self._form = choose(whole, probes, device)
         for _ in range(_WARMING_CALLS):
             for probe in probes[:-1]:
                 self._form(*probe)
@@ -63,10 +64,24 @@ class Predictor:
         Raises:
             TrainingError: A feature column is missing.
         """
-        numeric, codes = self._encoder.encode(columns)
-        if len(numeric) <= _BLOCK_ROWS:
-            return self._form(numeric, codes)
-        return np.concatenate([self._form(numeric[b], codes[b]) for b in _blocks(len(numeric))])
+        numbers, codes = self._encoder.raw(columns)
+        if len(numbers) <= _BLOCK_ROWS:
+            return self._form(numbers, codes)
+        return np.concatenate([self._form(numbers[b], codes[b]) for b in _blocks(len(numbers))])
+
+
+class _Whole(nn.Module):
+    """A model with the scaling of its numbers."""
+
+    def __init__(self, scaling: nn.Module, module: nn.Module) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.module = module
+
+    def forward(self, numbers: Tensor, codes: Tensor) -> Tensor:
+        """Map float64 [n, features] and int64 [n, categories] to logits [n]."""
+        logits: Tensor = self.module(self.scaling(numbers), codes)
+        return logits
 
 
 def _blocks(rows: int) -> Iterator[slice]:

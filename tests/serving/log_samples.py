@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mlops_ray.config.features import RequestField
 from mlops_ray.config.serving import PredictionLog as Settings
 from mlops_ray.metadata.profile import Reference
-from mlops_ray.serving.log.encoding import Answered
+from mlops_ray.serving.log.encoding import Answered, Part
 from mlops_ray.serving.log.prediction_log import PredictionLog
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
 from mlops_ray.serving.models.served import ModelSpec, ServedModels
@@ -87,8 +87,7 @@ def answered(
     scores = who.scorer.predict(columns)
     return Answered(
         models,
-        who,
-        who.spec.alias,
+        [Part(who, None, who.spec.alias)],
         list(ids),
         times,
         scores,

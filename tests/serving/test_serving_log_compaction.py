@@ -229,7 +229,8 @@ def test_inputs_and_features_may_change(tmp_path: Path) -> None:
         changed.inputs["shop"] = np.array(["seven"], object)
         changed.columns["height"] = np.array([1.5])
         del changed.columns["kind"]
-        changed.model = replace(changed.model, features=("amount",))
+        model = replace(changed.parts[0].model, features=("amount",))
+        changed.parts = [changed.parts[0]._replace(model=model)]
         log.add(changed)
         await log.close()
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from serving.harness import LocalShop, open_local, same
 
 from mlops_ray.config.serving import Serving
 from mlops_ray.errors import ServingError
+from mlops_ray.features.matrix import take
 from mlops_ray.features.online.failures import Fallback, ServerGoneError
 from mlops_ray.metadata.home import Home
 from mlops_ray.serving.log.encoding import Answered
@@ -94,13 +96,23 @@ def put(local: LocalShop, alias: str, kind: Any) -> Any:
     return scorer
 
 
-def spy(local: LocalShop) -> list[Answered]:
-    """Keep what the log is told, beside the log."""
-    kept: list[Answered] = []
+def spy(local: LocalShop) -> list[Any]:
+    """Keep what the log is told of each model's rows, beside the log."""
+    kept: list[Any] = []
     add = local.endpoint.log.add
 
     def note(answered: Answered) -> Any:
-        kept.append(answered)
+        for model, rows, _ in answered.parts:
+            places = np.arange(len(answered.ids)) if rows is None else rows
+            kept.append(
+                SimpleNamespace(
+                    model=model,
+                    ids=[answered.ids[place] for place in places],
+                    scores=answered.scores[places],
+                    inputs=take(answered.inputs, places),
+                    columns=take(answered.columns, places),
+                )
+            )
         return add(answered)
 
     local.endpoint.log.add = note  # type: ignore[method-assign]

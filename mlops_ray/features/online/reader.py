@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mlops_ray.errors import FeatureStoreError
 from mlops_ray.features.columns import NO_TIME
 from mlops_ray.features.definitions import ARROW_TYPES
+from mlops_ray.features.matrix import FeatureMatrix
 from mlops_ray.features.online.failures import Fallback
 from mlops_ray.features.online.layout import FLOAT, HEAD, WORD, Layout, StoredView, convert
 from mlops_ray.features.online.protocol import EXPIRED, NOT_FOUND, NULL, PRESENT, Keys
@@ -102,6 +103,7 @@ class Reader:
         self._numeric = np.array(
             [at for at, dtype in enumerate(dtypes) if dtype in ("float", "int", "bool")], np.intp
         )
+        self._numeric_names = tuple(self._names[at] for at in self._numeric)
         self._all_numeric = len(self._numeric) == len(dtypes)
         self._whole = np.flatnonzero([dtypes[at] == "int" for at in self._numeric])
         self._numeric_words = self._places[self._numeric]
@@ -132,7 +134,7 @@ class Reader:
     @property
     def numeric_names(self) -> tuple[str, ...]:
         """The features that ``read`` and ``read_values`` return, in order: float, int and bool."""
-        return tuple(self._names[at] for at in self._numeric)
+        return self._numeric_names
 
     def read_values(self, keys: Sequence[Keys], at_us: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the numeric features [n, f] of all views as of ``at_us``; NaN but where PRESENT.
@@ -165,30 +167,26 @@ class Reader:
             matrix[status != PRESENT] = np.nan
         return matrix, status
 
-    def read_columns(
-        self, keys: Sequence[Keys], at_us: NDArray[np.int64]
-    ) -> dict[str, NDArray[Any]]:
+    def read_columns(self, keys: Sequence[Keys], at_us: NDArray[np.int64]) -> FeatureMatrix:
         """Return every feature as of ``at_us`` by its name ``<view>__<feature>``, arrays [n].
 
         float64 with NaN for float, int and bool, as in ``read``; objects (str, None) for strings;
         ``datetime64[us]`` with NaT for timestamps.
         """
         if self._all_numeric:
-            return dict(zip(self._names, self.read(keys, at_us)[0].T, strict=True))
+            return FeatureMatrix(self._numeric_names, self.read(keys, at_us)[0], {})
         decoded = self._decode(self._fetch(keys), at_us)
         matrix = self._matrix(decoded.words)
         matrix[decoded.status[:, self._numeric] != PRESENT] = np.nan
-        columns: dict[str, NDArray[Any]] = {
-            self._names[at]: matrix[:, column] for column, at in enumerate(self._numeric)
-        }
+        others: dict[str, NDArray[Any]] = {}
         for at, (name, dtype) in enumerate(zip(self._names, self._dtypes, strict=True)):
             if dtype == "string":
-                columns[name] = np.array(self._texts(decoded, at), object)
+                others[name] = np.array(self._texts(decoded, at), object)
             elif dtype == "timestamp":
                 instants = decoded.words[:, self._places[at]].copy()
                 instants[decoded.status[:, at] != PRESENT] = NO_TIME
-                columns[name] = instants.view("datetime64[us]")
-        return {name: columns[name] for name in self._names}
+                others[name] = instants.view("datetime64[us]")
+        return FeatureMatrix(self._numeric_names, matrix, others)
 
     def read_table(
         self, keys: Sequence[Keys], at_us: NDArray[np.int64]

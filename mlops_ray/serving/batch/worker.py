@@ -32,7 +32,7 @@ from mlops_ray.serving.batch.folder import Done, JobFolder, settle
 from mlops_ray.serving.batch.inputs import Reader
 from mlops_ray.serving.batch.pieces import Chunk, Piece, Refused, refused_table
 from mlops_ray.serving.batch.writers import WRITERS, RowWriter
-from mlops_ray.serving.log.encoding import Answered
+from mlops_ray.serving.log.encoding import Answered, Part
 from mlops_ray.serving.log.pieces import write_piece
 from mlops_ray.serving.models.graph import GraphFunctions, GraphScorer
 from mlops_ray.serving.models.loading import LoadedModel
@@ -248,7 +248,8 @@ class PieceScorer:
         else:
             ids = chunk.table[identifier].cast(pa.string()).to_pylist()
         times, none = inputs[self._service.time], np.zeros(len(ids), np.int64)
-        return Answered(None, self._model, BATCH_ROUTE, ids, times, scores, inputs, columns, none)
+        parts = [Part(self._model, None, BATCH_ROUTE)]
+        return Answered(None, parts, ids, times, scores, inputs, columns, none)
 
 
 class Tally:

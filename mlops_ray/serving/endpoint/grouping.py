@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlops_ray.errors import ServingError
+from mlops_ray.features.matrix import join, take
 from mlops_ray.serving.endpoint.routing import Router
 from mlops_ray.serving.formats.request import PredictRequest
 from mlops_ray.serving.log.prediction_log import Added
@@ -47,12 +48,11 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Rows of a batch that one model answers, None for all of them, and their feature columns."""
+    """Rows of a batch that one model answers, None for all of them."""
 
     models: ModelSet
     model: LoadedModel
     rows: Rows | None
-    columns: Columns = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -60,8 +60,7 @@ def merged(jobs: Sequence[Job]) -> Columns:
     """Return the inputs of all jobs, one after the other."""
     if len(jobs) == 1:
         return jobs[0].request.columns
-    columns = [job.request.columns for job in jobs]
-    return {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+    return join([job.request.columns for job in jobs])
 
 
 def predict(groups: Sequence[Group], columns: Columns, rows: int) -> Scores:
@@ -77,8 +76,7 @@ def predict(groups: Sequence[Group], columns: Columns, rows: int) -> Scores:
         if group.model.remote:
             continue
         began_s = time.perf_counter()
-        group.columns = taken(columns, group.rows)
-        found = group.model.scorer.predict(group.columns)
+        found = group.model.scorer.predict(taken(columns, group.rows))
         if group.rows is None:
             scores = found
         else:
@@ -113,7 +111,7 @@ def hand_out(jobs: Sequence[Job], columns: Columns) -> None:
         stop = start + job.request.rows
         owners: Sequence[LoadedModel | None] = job.by_row or [job.model]
         if any(model is not None and model.remote for model in owners):
-            job.columns = {name: values[start:stop] for name, values in columns.items()}
+            job.columns = take(columns, slice(start, stop))
         start = stop
 
 
@@ -125,13 +123,13 @@ def narrowed(groups: Sequence[Group], wanted: NDArray[np.bool_]) -> list[Group]:
         if inside.any():
             places = np.flatnonzero(inside)
             rows = places if group.rows is None else group.rows[places]
-            found.append(Group(group.models, group.model, rows, taken(group.columns, places)))
+            found.append(Group(group.models, group.model, rows))
     return found
 
 
 def taken(columns: Columns, rows: Rows | None) -> Columns:
     """Return some rows of columns, with None all of them."""
-    return columns if rows is None else {name: values[rows] for name, values in columns.items()}
+    return columns if rows is None else take(columns, rows)
 
 
 def places(rows: Rows | None) -> slice | Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -37,7 +37,7 @@ from mlops_ray.serving.endpoint.routing import Router
 from mlops_ray.serving.endpoint.warming import sample_body
 from mlops_ray.serving.formats.answers import Answer
 from mlops_ray.serving.formats.request import PredictRequest, RequestSchema
-from mlops_ray.serving.log.encoding import Answered
+from mlops_ray.serving.log.encoding import Answered, Part
 from mlops_ray.serving.log.prediction_log import Added, PredictionLog
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
 from mlops_ray.serving.models.scorer import AsyncScorer, ModelGoneError
@@ -79,6 +79,7 @@ class _Done:
     """What was made of a batch."""
 
     inputs: Columns
+    columns: Columns
     scores: Scores
     groups: list[Group]
     features_s: float
@@ -236,7 +237,7 @@ class Scoring:
         share_out(jobs, scores, degraded)
         if any(group.model.remote for group in groups):
             hand_out(jobs, columns)
-        return _Done(inputs, scores, groups, features_s, degraded)
+        return _Done(inputs, columns, scores, groups, features_s, degraded)
 
     def _finish(self, jobs: list[Job], done: _Done, awaited: list[bool]) -> None:
         recorder, now_s = self._recorder, time.perf_counter()
@@ -265,38 +266,36 @@ class Scoring:
         groups = done.groups
         if not all(kept):
             groups = narrowed(groups, np.repeat(kept, [job.request.rows for job in jobs]))
-        added = [self._keep(group, ids, done.scores, done.inputs, latency_us) for group in groups]
+        added = self._keep(groups, ids, done.inputs, done.columns, done.scores, latency_us)
         for job in jobs:
             job.added = added
 
     def _keep(
         self,
-        group: Group,
+        groups: Sequence[Group],
         ids: list[str],
-        scores: Scores,
         inputs: Columns,
+        columns: Columns,
+        scores: Scores,
         latency_us: NDArray[np.int64],
-    ) -> Added:
-        """Give the rows of a group to the log."""
-        rows, spec = group.rows, group.model.spec
-        if rows is not None:
-            ids = [ids[row] for row in rows.tolist()]
-            scores, latency_us = scores[rows], latency_us[rows]
-            inputs = taken(inputs, rows)
-        self._recorder.scored(spec.alias, spec.version, len(ids), group.models.name)
-        answered = Answered(
-            models=group.models,
-            model=group.model,
-            route=spec.alias,
-            ids=ids,
-            times=inputs[self._time],
-            scores=scores,
-            inputs=inputs,
-            columns=group.columns,
-            latency_us=latency_us,
-        )
+    ) -> list[Added]:
+        """Give rows to the log, and count who answered them."""
+        parts: dict[int, list[Part]] = {}
+        sets: dict[int, ModelSet] = {}
+        for group in groups:
+            spec, key = group.model.spec, id(group.models)
+            rows = len(ids) if group.rows is None else len(group.rows)
+            self._recorder.scored(spec.alias, spec.version, rows, group.models.name)
+            sets[key] = group.models
+            parts.setdefault(key, []).append(Part(group.model, group.rows, spec.alias))
+        times = inputs[self._time]
         try:
-            return self._log.add(answered)
+            return [
+                self._log.add(
+                    Answered(models, parts[key], ids, times, scores, inputs, columns, latency_us)
+                )
+                for key, models in sets.items()
+            ]
         except ServingError as error:
             raise self._not_kept() from error
 
@@ -305,24 +304,23 @@ class Scoring:
         themselves; then keep all rows."""
         groups = groups_of(self._router, [job], job.request.columns)
         for group in groups:
-            group.columns = taken(columns, group.rows)
             if group.model.remote:
-                job.scores[places(group.rows)] = await self._remote_scores(group)
+                rows = taken(columns, group.rows)
+                job.scores[places(group.rows)] = await self._remote_scores(group, rows)
         check_scores(groups, job.scores)
         if job.log:
             latency_us = int((time.perf_counter() - job.began_s) * 1e6)
             each_us = np.full(job.request.rows, latency_us)
-            job.added = [
-                self._keep(group, job.ids, job.scores, job.request.columns, each_us)
-                for group in groups
-            ]
+            job.added = self._keep(
+                groups, job.ids, job.request.columns, columns, job.scores, each_us
+            )
 
-    async def _remote_scores(self, group: Group) -> Scores:
+    async def _remote_scores(self, group: Group, columns: Columns) -> Scores:
         # Asking whether it is one takes longer than the rest here.
         scorer, spec = cast(AsyncScorer, group.model.scorer), group.model.spec
         began_s = time.perf_counter()
         try:
-            scores = await scorer.apredict(group.columns)
+            scores = await scorer.apredict(columns)
         except ModelGoneError as error:
             raise RequestError(
                 f"the process of {spec.alias} does not answer; send it again",

@@ -23,6 +23,11 @@ class Feedback:
     labels: list[int]
     known_at_us: list[int]
 
+    @property
+    def rows(self) -> int:
+        """How many labels there are."""
+        return len(self.ids)
+
 
 def parse_feedback(body: bytes, max_rows: int, now: datetime) -> Feedback:
     """Return the labels of a body like ``{"labels": [{"id": "a", "label": 1, "known_at": "…"}]}``.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from mlops_ray.config.features import RequestField
 from mlops_ray.config.serving import PredictionLog as Settings
 from mlops_ray.features.definitions import ARROW_TYPES
+from mlops_ray.features.matrix import by_column, join, take
 from mlops_ray.metadata.delta import prediction_schema
 from mlops_ray.metadata.prediction_log.frames import Counts, encode
 from mlops_ray.metadata.prediction_log.layout import INSTANT, LABELS, PREDICTIONS, SHADOW
@@ -22,7 +22,6 @@ from mlops_ray.serving.log.redaction import Redaction, chosen
 from mlops_ray.serving.log.shadows import Shadows
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
 
-_PAUSE_S = 50e-6
 _PATIENCE_S = {"interval": 1.0, "answered": 0.1}
 """How long a write waits for models in shadow, by durability: with the one nobody waits for it."""
 
@@ -30,14 +29,21 @@ _MOST_DAYS = 64
 _LONG_AGO = "0001-01-01"
 
 
+class Part(NamedTuple):
+    """Rows that ``model`` has answered, None for all of them, under the alias ``route``."""
+
+    model: LoadedModel
+    rows: NDArray[np.int64] | None
+    route: str
+
+
 @dataclass(slots=True)
 class Answered:
-    """Rows that one model has answered: ``times`` datetime64[us], ``scores`` float64, all of [n].
+    """Answered rows: ``times`` datetime64[us], ``scores`` float64, all of [n].
 
     Args:
         models: The models that were there; those in shadow are asked too. None: there were no others.
-        model: The one of them that answered.
-        route: The alias under which it did.
+        parts: Who answered which rows. Rows that are in none of them are not kept.
         ids: Of the predictions.
         times: Of the requests, as they say themselves.
         scores: What was answered.
@@ -47,14 +53,18 @@ class Answered:
     """
 
     models: ModelSet | None
-    model: LoadedModel
-    route: str
+    parts: list[Part]
     ids: list[str]
     times: NDArray[np.datetime64]
     scores: NDArray[np.float64]
     inputs: Columns
     columns: Columns
     latency_us: NDArray[np.int64]
+
+    @property
+    def rows(self) -> int:
+        """How many rows are kept."""
+        return sum(len(self.ids) if p.rows is None else len(p.rows) for p in self.parts)
 
 
 Received = tuple[int, Answered]
@@ -66,18 +76,41 @@ Told = tuple[int, Feedback]
 
 @dataclass
 class _Rows:
-    """Answered rows of one model as long columns; ``name`` where it is not the endpoint's own.
+    """Answered rows as long columns."""
 
-    Of those, the monitor wants nothing.
-    """
-
-    name: str | None
-    model: LoadedModel
+    models: ModelSet | None
     ids: list[str]
     times: NDArray[np.datetime64]
     scores: NDArray[np.float64]
     inputs: Columns
     columns: Columns
+    latency_us: NDArray[np.int64]
+    received_us: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.int64]) -> _Rows:
+        return _Rows(
+            self.models,
+            [self.ids[row] for row in rows.tolist()],
+            self.times[rows],
+            self.scores[rows],
+            take(self.inputs, rows),
+            take(self.columns, rows),
+            self.latency_us[rows],
+            self.received_us[rows],
+        )
+
+
+@dataclass
+class _Kept:
+    """Rows that one model has answered.
+
+    ``slim`` are the columns of ``delta.prediction_schema``, ``beside`` the others. ``name`` is the
+    model's where it is not the endpoint's own; of those, the monitor wants nothing.
+    """
+
+    rows: _Rows
+    model: LoadedModel
+    name: str | None
     slim: pa.Table
     beside: pa.Table
 
@@ -103,11 +136,14 @@ class Encoding:
         kept: list[pa.Table] = []
         others: list[pa.Table] = []
         counts: Counts = {}
-        for group in _groups(answered):
-            rows = self._rows(group)
-            if rows.name is None:
-                _count(counts, rows)
-            self._split(rows, kept, others)
+        for items in _of_one_set(answered):
+            whole = _whole(items)
+            for model, route, places in _parts(items):
+                rows = whole if places is None else whole.take(places)
+                part = self._kept(rows, model, route)
+                if part.name is None:
+                    _count(counts, part)
+                self._split(part, kept, others)
         return encode(
             sequence,
             _joined(kept),
@@ -116,56 +152,46 @@ class Encoding:
             counts,
         )
 
-    def _rows(self, group: list[Received]) -> _Rows:
-        items = [item for _, item in group]
-        models, model = items[0].models, items[0].model
-        ids = [identifier for item in items for identifier in item.ids]
-        sizes = [len(item.ids) for item in items]
-        times = np.concatenate([item.times for item in items]).astype("datetime64[us]")
-        scores = np.concatenate([item.scores for item in items])
-        columns = _chained([item.columns for item in items])
-        shadows = self._shadows.scores(models.shadows, model, columns, scores) if models else {}
-        schema = prediction_schema(tuple(shadows))
+    def _kept(self, rows: _Rows, model: LoadedModel, route: str) -> _Kept:
+        models, count = rows.models, len(rows.ids)
+        shadows: dict[str, pa.Array] = {}
+        if models is not None:
+            shadows = self._shadows.scores(models.shadows, model, rows.columns, rows.scores)
         arrays = [
-            pa.array(ids, pa.string()),
-            _instants(times.view(np.int64)),
-            pa.array(scores, pa.float64()),
-            pa.array(np.full(len(ids), model.spec.version, dtype=np.int64)),
+            pa.array(rows.ids, pa.string()),
+            _instants(rows.times.view(np.int64)),
+            pa.array(rows.scores, pa.float64()),
+            pa.array(np.full(count, model.spec.version, dtype=np.int64)),
             *shadows.values(),
         ]
-        received_us = np.array([received_ns // 1000 for received_ns, _ in group], dtype=np.int64)
         beside = {
-            "received": _instants(np.repeat(received_us, sizes)),
-            "route": pa.array(_repeated([item.route for item in items], sizes), pa.string()),
-            "latency_us": pa.array(np.concatenate([item.latency_us for item in items]), pa.int64()),
+            "received": _instants(rows.received_us),
+            "route": pa.repeat(pa.scalar(route), count),
+            "latency_us": pa.array(rows.latency_us, pa.int64()),
         }
-        return _Rows(
-            models.name if models else None,
+        return _Kept(
+            rows,
             model,
-            ids,
-            times,
-            scores,
-            _chained([item.inputs for item in items]),
-            columns,
-            pa.Table.from_arrays(arrays, schema=schema),
+            models.name if models else None,
+            pa.Table.from_arrays(arrays, schema=prediction_schema(tuple(shadows))),
             pa.table(beside),
         )
 
-    def _split(self, rows: _Rows, kept: list[pa.Table], others: list[pa.Table]) -> None:
-        choice = chosen(rows.ids, self._sample)
-        if not choice.all() and rows.name is None:
-            others.append(rows.slim.filter(pa.array(~choice)))
+    def _split(self, part: _Kept, kept: list[pa.Table], others: list[pa.Table]) -> None:
+        choice = chosen(part.rows.ids, self._sample)
+        if not choice.all() and part.name is None:
+            others.append(part.slim.filter(pa.array(~choice)))
         if choice.any():
-            table = self._whole(rows)
+            table = self._whole(part)
             kept.append(table if choice.all() else table.filter(pa.array(choice)))
 
-    def _whole(self, rows: _Rows) -> pa.Table:
-        count = len(rows.ids)
-        columns = {name: rows.slim[name] for name in rows.slim.column_names}
-        columns |= {name: rows.beside[name] for name in rows.beside.column_names}
+    def _whole(self, part: _Kept) -> pa.Table:
+        rows, count = part.rows, len(part.rows.ids)
+        columns = {name: part.slim[name] for name in part.slim.column_names}
+        columns |= {name: part.beside[name] for name in part.beside.column_names}
         columns["sample"] = pa.array(np.full(count, self._sample))
-        columns["model"] = pa.array([rows.name] * count, pa.string())
-        shadows = [name for name in rows.slim.column_names if name.startswith(SHADOW)]
+        columns["model"] = pa.array([part.name] * count, pa.string())
+        shadows = [name for name in part.slim.column_names if name.startswith(SHADOW)]
         table = pa.table({name: columns[name] for name in [*PREDICTIONS.names, *shadows]})
         for name, values, types in (
             ("features", rows.columns, {}),
@@ -186,20 +212,51 @@ class Encoding:
         return pa.StructArray.from_arrays(arrays, names=list(columns))
 
 
-def _groups(answered: Iterable[Received]) -> list[list[Received]]:
-    groups: dict[tuple[int, int], list[Received]] = {}
+def _of_one_set(answered: Iterable[Received]) -> list[list[Received]]:
+    groups: dict[int, list[Received]] = {}
     for item in answered:
-        groups.setdefault((id(item[1].models), id(item[1].model)), []).append(item)
+        groups.setdefault(id(item[1].models), []).append(item)
     return list(groups.values())
 
 
-def _count(total: Counts, rows: _Rows) -> None:
+def _whole(items: Sequence[Received]) -> _Rows:
+    """Return the rows of all items, one after the other."""
+    all_of = [item for _, item in items]
+    received_us = np.array([received_ns // 1000 for received_ns, _ in items], dtype=np.int64)
+    return _Rows(
+        all_of[0].models,
+        [identifier for item in all_of for identifier in item.ids],
+        np.concatenate([item.times for item in all_of]).astype("datetime64[us]"),
+        np.concatenate([item.scores for item in all_of]),
+        join([item.inputs for item in all_of]),
+        by_column(join([item.columns for item in all_of])),
+        np.concatenate([item.latency_us for item in all_of]),
+        np.repeat(received_us, [len(item.ids) for item in all_of]),
+    )
+
+
+def _parts(items: Sequence[Received]) -> list[tuple[LoadedModel, str, NDArray[np.int64] | None]]:
+    """Return who answered which rows of ``_whole``, None for all of them."""
+    found: dict[tuple[int, str], tuple[LoadedModel, list[NDArray[np.int64]]]] = {}
+    start = 0
+    for _, item in items:
+        stop = start + len(item.ids)
+        for part in item.parts:
+            known = found.setdefault((id(part.model), part.route), (part.model, []))
+            rows = np.arange(start, stop) if part.rows is None else part.rows + start
+            known[1].append(rows)
+        start = stop
+    whole = [(model, route, np.concatenate(rows)) for (_, route), (model, rows) in found.items()]
+    return [(m, route, None if len(rows) == start else rows) for m, route, rows in whole]
+
+
+def _count(total: Counts, part: _Kept) -> None:
     """Add the counts of the features that the answering model reads, by UTC day.
 
     Clients choose the days: beyond the ``_MOST_DAYS`` that have most rows, all count under a day that
     is in no window, so that the work for a row is bounded.
     """
-    model = rows.model
+    model, rows = part.model, part.rows
     known = total.setdefault(model.reference_digest, {})
     # A graph may make features of its own; those are in no request's columns.
     read = {name: rows.columns[name] for name in model.features if name in rows.columns}
@@ -212,24 +269,9 @@ def _count(total: Counts, rows: _Rows) -> None:
     for day in found:
         chosen_rows = days == day
         whole = bool(chosen_rows.all())
-        part = read if whole else {name: values[chosen_rows] for name, values in read.items()}
-        profile = model.reference.bin(part)
+        counted = read if whole else take(read, chosen_rows)
+        profile = model.reference.bin(counted)
         known[str(day)] = known[str(day)].merge(profile) if str(day) in known else profile
-
-
-def _chained(parts: list[Columns]) -> Columns:
-    if len(parts) == 1:
-        return parts[0]
-    joined = {}
-    for name in parts[0]:
-        joined[name] = np.concatenate([part[name] for part in parts])
-        # Lets a thread that answers requests have the interpreter between any two columns.
-        time.sleep(_PAUSE_S)
-    return joined
-
-
-def _repeated(values: list[str], sizes: list[int]) -> list[str]:
-    return [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
 
 
 def _instants(micros: NDArray[np.int64]) -> pa.Array:

@@ -127,7 +127,7 @@ class PredictionLog:
         Raises:
             ServingError: Answers wait, and too much waits for the disk, or the log is closed.
         """
-        batch = self._room(len(answered.ids), self._size(answered))
+        batch = self._room(answered.rows, self._size(answered))
         if batch is not None:
             batch.answered.append((time.time_ns(), answered))
         return Added(answered, batch)
@@ -223,7 +223,7 @@ class PredictionLog:
     def _size(self, answered: Answered) -> int:
         """Return about how many bytes answered rows hold."""
         columns = len(answered.inputs) + len(answered.columns)
-        size = len(answered.ids) * columns * _VALUE_BYTES
+        size = answered.rows * columns * _VALUE_BYTES
         for name in self._texts:
             size += sum(map(len, filter(None, answered.inputs[name].tolist())))
         return size
@@ -341,13 +341,13 @@ class PredictionLog:
             self._append_frame(answered, labels, size)
         except Exception:
             batch.lost.append(item)
-            outcome.dropped += len(item.ids)
+            outcome.dropped += item.rows
             outcome.size += size
 
     def _append_frame(self, answered: list[Received], labels: list[Told], size: int) -> None:
         data = self._encoding.frame(self._sequence + 1, answered, labels)
         self._sequence += 1
-        rows = sum(len(i.ids) for _, i in answered) + sum(len(i.ids) for _, i in labels)
+        rows = sum(item.rows for _, item in answered) + sum(item.rows for _, item in labels)
         self._frames.append(_Frame(self._sequence, rows, size, data))
 
 

@@ -21,7 +21,7 @@ from mlops_ray.errors import RequestError
 from mlops_ray.metadata.package import EncoderSpec
 from mlops_ray.metadata.profile import CategoricalBins, Reference
 
-Columns = dict[str, NDArray[Any]]
+Columns = Mapping[str, NDArray[Any]]
 Scores = NDArray[np.float64]
 Value = float | str | None
 

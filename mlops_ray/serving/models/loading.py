@@ -265,8 +265,9 @@ def _check_fit(encoder: EncoderSpec, numeric: frozenset[str], categorical: froze
 
 
 def _missing_rows(numeric: Iterable[str], categorical: Iterable[str], rows: int) -> Columns:
-    columns: Columns = {name: np.full(rows, np.nan) for name in numeric}
-    return columns | {name: np.array([""] * rows, dtype=object) for name in categorical}
+    numbers = {name: np.full(rows, np.nan) for name in numeric}
+    texts = {name: np.array([""] * rows, dtype=object) for name in categorical}
+    return {**numbers, **texts}
 
 
 def _check_scores(scorer: Scorer, numeric: Iterable[str], categorical: Iterable[str]) -> None:
