@@ -43,9 +43,9 @@ class Scaling(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Map float64 [n, features] to float32 [n, features + indicators]."""
-        scores = (numbers - self.means) / self.stds
+        scores = (numbers - self.means).div_(self.stds)
         missing = torch.isnan(scores)
-        scores = scores.clamp(-self.clip, self.clip).masked_fill(missing, 0.0).float()
+        scores = scores.clamp_(-self.clip, self.clip).masked_fill_(missing, 0.0).float()
         if not self.has_indicators:
             return scores
         return torch.cat([scores, missing[:, self.places].float()], dim=1)
@@ -110,6 +110,17 @@ class Encoder:
         for place, values in enumerate(categorical):
             codes[:, place] = self._encode_values(place, values)
         return numbers, codes
+
+    def own(self, columns: Columns) -> Columns:
+        """Return the columns that are encoded.
+
+        Raises:
+            TrainingError: a feature column is missing.
+        """
+        try:
+            return {name: columns[name] for name in self.spec.features}
+        except KeyError:
+            raise self._missing(columns) from None
 
     def _numbers(self, columns: Columns) -> npt.NDArray[np.float64] | None:
         names = self.spec.numeric

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mlops_ray.errors import TrainingError
+from mlops_ray.features.matrix import take
 from mlops_ray.metadata.package import EncoderSpec, Package
 from mlops_ray.training import forms
 from mlops_ray.training.encoder import Columns, Encoder
@@ -64,10 +65,12 @@ class Predictor:
         Raises:
             TrainingError: A feature column is missing.
         """
-        numbers, codes = self._encoder.raw(columns)
-        if len(numbers) <= _BLOCK_ROWS:
-            return self._form(numbers, codes)
-        return np.concatenate([self._form(numbers[b], codes[b]) for b in _blocks(len(numbers))])
+        rows = len(next(iter(columns.values())))
+        if rows <= _BLOCK_ROWS:
+            return self._form(*self._encoder.raw(columns))
+        own = self._encoder.own(columns)
+        # All that is made of a block stays in a core's cache.
+        return np.concatenate([self._form(*self._encoder.raw(take(own, b))) for b in _blocks(rows)])
 
 
 class _Whole(nn.Module):

@@ -7,6 +7,7 @@ is, those fail too that come before Serve has seen it; later ones wait for the n
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -132,6 +133,25 @@ def test_a_killed_controller_is_not_noticed(served: Served) -> None:
     assert seen.failed == []
     served.deploy(2)
     served.deploy(1)
+
+
+def test_a_process_that_hears_of_no_changes_still_deploys(served: Served) -> None:
+    """What Serve does to a process of which it believes that the controller is gone for good."""
+    from ray.serve._private.long_poll import LongPollClient
+    from ray.serve._private.router import SharedRouterLongPollClient
+
+    served.deploy(1)
+    before = replicas()
+    listening = [one for one in gc.get_objects() if isinstance(one, LongPollClient)]
+    assert listening
+    for one in listening:
+        one.stop()
+    try:
+        served.serving = served.serving.model_copy(update={"threshold": 0.3})
+        served.deploy(2)
+        assert not set(replicas()) & set(before)
+    finally:
+        SharedRouterLongPollClient.get_or_create.cache_clear()
 
 
 def test_a_model_whose_file_is_missing_leaves_the_old_one(served: Served, tmp_path: Path) -> None:

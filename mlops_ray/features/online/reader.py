@@ -245,41 +245,45 @@ class Reader:
 
     def _judge(
         self, words: NDArray[np.int64], at_us: NDArray[np.int64]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return which rows [n, views] are too old, and which lie after their moment."""
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
+        """Return which rows [n, views] are too old, and which lie after their moment; None: none."""
         at = at_us[:, None]
         event = words.take(self._event, 1)
-        after = np.maximum(event, words.take(self._created, 1)) > at
-        # A missing row's event time is the largest number there is; its age would overflow.
         age = at - event
-        old = (age > self._ttl_us) & ~after
+        after = np.maximum(event, words.take(self._created, 1)) > at
+        old = age > self._ttl_us
+        if not len(age) or not (after | old).any():
+            for reads, age_us in zip(self._counted, age[:1].ravel().tolist(), strict=False):
+                reads.rows += len(age)
+                reads.age_s = age_us / 1e6
+            return None
+        old &= ~after
         self._count(old, after, age)
         return old, after
 
     def _count(
         self, old: NDArray[np.bool_], after: NDArray[np.bool_], age: NDArray[np.int64]
     ) -> None:
-        expired = old.sum(0).tolist() if old.any() else [0] * len(self._counted)
-        missing = after.sum(0).tolist() if after.any() else [0] * len(self._counted)
-        first = after.argmin(0).tolist() if len(age) else []
+        expired, missing = old.sum(0).tolist(), after.sum(0).tolist()
+        first = after.argmin(0).tolist()
         for place, reads in enumerate(self._counted):
             reads.rows += len(age)
             reads.expired += expired[place]
             reads.missing += missing[place]
-            if len(age) and not after[first[place], place]:
+            if not after[first[place], place]:
                 reads.age_s = int(age[first[place], place]) / 1e6
 
     def _status(self, words: NDArray[np.int64], at_us: NDArray[np.int64]) -> NDArray[np.uint8]:
-        old, after = self._judge(words, at_us)
+        judged = self._judge(words, at_us)
         null_words = words.take(self._nulls, 1)
         if null_words.any():
             bits = np.unpackbits(null_words.view(np.uint8), axis=1, bitorder="little")
             status = bits.take(self._bits, 1)
         else:
             status = np.zeros((len(words), len(self._bits)), np.uint8)
-        if old.any():
+        if judged is not None:
+            old, after = judged
             status[old[:, self._owner]] = EXPIRED
-        if after.any():
             status[after[:, self._owner]] = NOT_FOUND
         return status
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mlops_ray.serving.deployment.app import DEPLOYMENT
@@ -11,6 +13,8 @@ from mlops_ray.serving.models.served import ServedModels
 
 _ANSWER_TIMEOUT_S = 10.0
 
+_handles: dict[str, Any] = {}
+
 
 class RefusedError(Exception):
     """A replica keeps its old models, and says why."""
@@ -18,13 +22,15 @@ class RefusedError(Exception):
 
 def ask_all(project: str, method: str, timeout_s: float) -> list[Any]:
     """Call a method of every replica; return the answers."""
-    answers: list[Any] = _handle(project).broadcast(method).results(timeout_s=timeout_s)
+    with _handle(project) as handle:
+        answers: list[Any] = handle.broadcast(method).results(timeout_s=timeout_s)
     return answers
 
 
 def ask_one(project: str, timeout_s: float) -> Any:
     """Return what one replica says of itself; where scaling has left none, one is woken up."""
-    return _handle(project).describe.remote().result(timeout_s=timeout_s)
+    with _handle(project) as handle:
+        return handle.describe.remote().result(timeout_s=timeout_s)
 
 
 def wait_until_served(project: str, served: ServedModels, timeout_s: float) -> None:
@@ -69,11 +75,22 @@ def _wake_up(project: str, state: Config) -> None:
         ask_one(project, _ANSWER_TIMEOUT_S)
 
 
-def _handle(project: str) -> Any:
-    from ray import serve
+@contextmanager
+def _handle(project: str) -> Iterator[Any]:
+    """Give a handle; one with which a call has failed is not used again.
 
-    handle: Any = serve.get_app_handle(project)
-    if not handle.is_initialized:
+    Serve's own cache would return it for ever. But a handle can go stale: where the controller was
+    gone for a moment, a process may hear of changed replicas no more.
+    """
+    from ray.serve.handle import DeploymentHandle
+
+    handle: Any = _handles.get(project)
+    if handle is None:
+        handle = _handles[project] = DeploymentHandle(DEPLOYMENT, project)
         # In throughput mode Serve would route in the caller's event loop, and there is none here.
         handle._init(_run_router_in_separate_loop=True)
-    return handle
+    try:
+        yield handle
+    except BaseException:
+        _handles.pop(project, None)
+        raise
