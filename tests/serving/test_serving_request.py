@@ -183,6 +183,18 @@ moments = st.datetimes(
 FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
+def test_rows_that_tell_one_time_are_told_one_by_one() -> None:
+    text = "2024-02-29T23:59:59.999999+02:00"
+    for rows in (1, 2, 63, 200):
+        found = instants([text] * rows, "at")
+        assert found.dtype == "datetime64[us]"
+        assert found.tolist() == [datetime(2024, 2, 29, 21, 59, 59, 999_999)] * rows
+        assert np.isnat(instants([None] * rows, "at")).all()
+        with pytest.raises(RequestError) as refused:
+            instants(["yesterday"] * rows, "at")
+        assert refused.value.row == 0
+
+
 @given(moments)
 @example(datetime.min.replace(tzinfo=timezone(timedelta(hours=14))))
 @example(datetime.max.replace(tzinfo=timezone(timedelta(hours=-12))))
