@@ -71,8 +71,10 @@ def _table(found: list[Listed]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("endpoint", "status", "versions", "replicas", "address"):
+    for column in ("endpoint", "status", "versions", "replicas"):
         table.add_column(column)
+    # What people copy must be whole.
+    table.add_column("address", no_wrap=True, overflow="ignore")
     for endpoint in found:
         versions = "\n".join(
             f"{alias} {version}: {_share(endpoint.shares[alias])}"

@@ -50,6 +50,10 @@ def worker_environment(roots: Sequence[Path]) -> dict[str, str]:
     return variables
 
 
+_JOIN_FIX = "run `mlops-ray doctor` to see what is wrong with ports, token and versions"
+_START_FIX = f"where Ray runs here already, join it by cluster.address=auto; otherwise {_JOIN_FIX}"
+
+
 def connect(cluster: Cluster, *, roots: Sequence[Path] = ()) -> Any:
     """Join or start Ray; return Ray's context. Does nothing when already connected.
 
@@ -80,7 +84,7 @@ def connect(cluster: Cluster, *, roots: Sequence[Path] = ()) -> Any:
             f"cannot {'start' if address == 'local' else 'join'} Ray",
             where=address,
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            fix="run `mlops-ray doctor` to see what is wrong with ports, token and versions",
+            fix=_START_FIX if address == "local" else _JOIN_FIX,
         ) from error
 
 

@@ -85,16 +85,19 @@ def test_forms_of_body_and_answer(run: Any) -> None:
         assert same(answer["score"].to_numpy(), expected)
         assert answer["version"].to_pylist() == [1, 1]
         assert answer["route"].to_pylist() == ["champion", "champion"]
-        for given in ("application/json; charset=utf-8", "APPLICATION/JSON"):
+        said = ("application/json; charset=utf-8", "APPLICATION/JSON")
+        for given in (*said, "application/x-www-form-urlencoded", ""):
             status, content = await local.call("POST", PREDICT, BODY, {"content-type": given})
             assert same(content["scores"], expected)
-        for given in ("text/csv", "application/x-www-form-urlencoded"):
+        for given in ("text/csv", "multipart/form-data"):
             status, content = await local.call("POST", PREDICT, BODY, {"content-type": given})
             assert status == 415
             assert given in content["error"]["message"]
         labels = {"labels": [{"id": "a", "label": 1}]}
         feedback = ("POST", "/v1/models/shop/feedback", labels, {"content-type": "text/csv"})
         assert (await local.call(*feedback))[0] == 415
+        plain = {"content-type": "application/x-www-form-urlencoded"}
+        assert (await local.call("POST", "/v1/models/shop/feedback", labels, plain))[0] == 200
 
     run(test)
 

@@ -31,6 +31,9 @@ asked for, that needs the scope ``unlogged``."""
 STALE_HEADER = (b"x-mlops-ray-features", b"stale")
 """Sent where features were older than the online store would have them."""
 
+_UNSAID = (b"", b"application/x-www-form-urlencoded")
+"""No type, and what curl and others name for a body of which nobody has said what it is."""
+
 _MOST_EXPLAINED = 4
 
 ModelsOf = Callable[[str | None], Awaitable[ModelSet]]
@@ -91,7 +94,7 @@ class NativeApi:
 
     async def feedback(self, call: Call) -> Reply:
         """Keep labels."""
-        if _media_type(call) not in (b"", JSON):
+        if _media_type(call) != JSON:
             raise _unknown_media_type(call, JSON)
         feedback = parse_feedback(call.body, self._serving.max_rows, datetime.now(UTC))
         if call.principal.logged(call.headers.get(NO_LOG_HEADER, b"")):
@@ -159,7 +162,8 @@ class NativeApi:
 
 
 def _media_type(call: Call) -> bytes:
-    return call.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    given = call.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    return JSON if given in _UNSAID else given
 
 
 def _unknown_media_type(call: Call, *known: bytes) -> RequestError:
