@@ -19,6 +19,8 @@ _address = click.option(
     "--address", help="The cluster; without it $RAY_ADDRESS, else the one on this machine."
 )
 
+_WIDE = 1000
+
 
 @click.group(
     invoke_without_command=True, short_help="List what is served on a cluster; take it down."
@@ -42,7 +44,8 @@ def endpoints(context: click.Context, address: str | None, as_json: bool) -> Non
     elif not found:
         click.echo("nothing is served here; `mlops-ray run workflow=deploy` deploys an endpoint")
     else:
-        Console().print(_table(found))
+        # What people copy must be whole, in a narrow terminal too.
+        Console(width=_WIDE).print(_table(found))
         for endpoint in found:
             if endpoint.status not in ("RUNNING", "DEPLOYING") and endpoint.message:
                 click.echo(f"{endpoint.name}: {endpoint.message.strip()}")
@@ -71,10 +74,8 @@ def _table(found: list[Listed]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("endpoint", "status", "versions", "replicas"):
+    for column in ("endpoint", "status", "versions", "replicas", "address"):
         table.add_column(column)
-    # What people copy must be whole.
-    table.add_column("address", no_wrap=True, overflow="ignore")
     for endpoint in found:
         versions = "\n".join(
             f"{alias} {version}: {_share(endpoint.shares[alias])}"

@@ -198,11 +198,11 @@ def test_rows_of_one_request_may_be_answered_by_two_versions(run: Any) -> None:
         assert set(content["versions"]) == {1, 2}
         names = {1: "champion", 2: "canary"}
         assert content["routes"] == [names[version] for version in content["versions"]]
-        assert {a.model.spec.version: a.ids for a in kept} == {
-            wanted: [
-                i for i, v in zip(content["ids"], content["versions"], strict=True) if v == wanted
-            ]
-            for wanted in (1, 2)
+        (answered,) = kept
+        assert answered.ids == content["ids"]
+        versions = np.array(content["versions"])
+        assert {part.model.spec.version: part.rows.tolist() for part in answered.parts} == {
+            version: np.flatnonzero(versions == version).tolist() for version in (1, 2)
         }
         calls = [local.call("POST", PREDICT, {"rows": [row]}) for row in rows]
         alone = [content for _, content in await asyncio.gather(*calls)]
