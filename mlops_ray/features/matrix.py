@@ -64,8 +64,10 @@ def join(parts: Sequence[Columns]) -> Columns:
     first = parts[0]
     if len(parts) == 1:
         return first
-    matrices = [part for part in parts if isinstance(part, FeatureMatrix)]
-    if isinstance(first, FeatureMatrix) and len(matrices) == len(parts):
+    if not isinstance(first, FeatureMatrix):
+        return {name: np.concatenate([part[name] for part in parts]) for name in first}
+    matrices = [p for p in parts if isinstance(p, FeatureMatrix) and p.numeric == first.numeric]
+    if len(matrices) == len(parts):
         matrix = np.concatenate([part.matrix for part in matrices])
         return FeatureMatrix(first.numeric, matrix, join([part.others for part in matrices]))
     return {name: np.concatenate([part[name] for part in parts]) for name in first}

@@ -112,11 +112,13 @@ class Encoder:
         return numbers, codes
 
     def own(self, columns: Columns) -> Columns:
-        """Return the columns that are encoded.
+        """Return the columns that are encoded, and others where they come in one matrix.
 
         Raises:
             TrainingError: a feature column is missing.
         """
+        if isinstance(columns, FeatureMatrix):
+            return columns
         try:
             return {name: columns[name] for name in self.spec.features}
         except KeyError:

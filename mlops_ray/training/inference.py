@@ -14,7 +14,7 @@ from mlops_ray.errors import TrainingError
 from mlops_ray.features.matrix import take
 from mlops_ray.metadata.package import EncoderSpec, Package
 from mlops_ray.training import forms
-from mlops_ray.training.encoder import Columns, Encoder
+from mlops_ray.training.encoder import Columns, Encoder, Scaling
 from mlops_ray.training.loop import build
 
 _BLOCK_ROWS = 4096
@@ -48,7 +48,8 @@ class Predictor:
         self._encoder = Encoder(spec)
         probes = [self._encoder.raw(_probe(spec, rows)) for rows in _PROBE_ROWS]
         choose = forms.fastest if fastest else forms.frozen
-        whole = _Whole(self._encoder.scaling, _load(package)).eval()
+        # A module of its own: it may go to the GPU.
+        whole = _Whole(Scaling(spec), _load(package)).eval()
         self._form = choose(whole, probes, device)
         for _ in range(_WARMING_CALLS):
             for probe in probes[:-1]:
@@ -65,7 +66,7 @@ class Predictor:
         Raises:
             TrainingError: A feature column is missing.
         """
-        rows = len(next(iter(columns.values())))
+        rows = len(next(iter(columns.values()), ()))
         if rows <= _BLOCK_ROWS:
             return self._form(*self._encoder.raw(columns))
         own = self._encoder.own(columns)

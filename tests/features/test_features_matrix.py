@@ -50,6 +50,8 @@ def test_parts_are_joined_whatever_holds_them() -> None:
     assert plain(join([parts[0], *map(dict, parts[1:])])) == wanted
     assert plain(join([dict(part) for part in parts])) == wanted
     assert join(parts[:1]) is parts[0]
+    turned = FeatureMatrix(NAMES[::-1], parts[1].matrix[:, ::-1], parts[1].others)
+    assert plain(join([parts[0], turned, parts[2]])) == wanted
 
 
 def test_columns_come_to_lie_in_one_piece() -> None:

@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from mlops_ray.metadata.prediction_log.reading import (
     scan_predictions,
 )
 from mlops_ray.metadata.profile import merge
+from mlops_ray.serving.endpoint.grouping import Group, answered_by
 from mlops_ray.serving.formats.feedback import Feedback
 from mlops_ray.serving.log import prediction_log
 from mlops_ray.serving.log.pieces import publish_piece, write_piece
@@ -85,6 +87,50 @@ async def test_a_row_says_who_answered_what_when_and_why(tmp_path: Path) -> None
     assert rows[1]["inputs"]["at"] == rows[1]["time"]
     assert rows[0]["received"] >= rows[0]["time"]
     await log.close()
+
+
+@asynchronous
+async def test_rows_of_a_batch_belong_to_who_answered_them(tmp_path: Path) -> None:
+    """Batches of two models each, one of them with the models of another name."""
+    challenger = model("challenger", 2, Fixed(0.75))
+    models = model_set(CHAMPION, (), [challenger])
+    others = replace(model_set(model("champion", 7, Fixed(0.1))), name="other")
+    batches = [["a", "b", "c"], ["d", "e", "f", "g"]]
+    log = open_log(tmp_path)
+    for ids in batches:
+        first, second, other = (np.arange(len(ids))[place::3] for place in range(3))
+        whole = answered(ids, models, latency_us=100 * len(ids))
+        mine = [Group(models, CHAMPION, first), Group(models, challenger, second)]
+        for groups in (mine, [Group(others, others.answer, other)]):
+            log.add(answered_by(whole, groups))
+    assert log.pending_rows == 7
+    assert await log.flush() == 7
+    assert log.describe() == {"pending_rows": 0, "dropped_rows": 0, "failing": None}
+    rows = {row["id"]: row for row in read_predictions(tmp_path).to_pylist()}
+    assert sorted(rows) == list("abcdefg")
+    for ids in batches:
+        for place, identifier in enumerate(ids):
+            row, who = rows[identifier], place % 3
+            assert row["version"] == (1, 2, 7)[who]
+            assert row["route"] == ("champion", "challenger", "champion")[who]
+            assert row["model"] == (None, None, "other")[who]
+            assert row["features"]["amount"] == place
+            assert row["inputs"]["customer"] == f"customer {place}"
+            assert row["latency_us"] == 100 * len(ids)
+    await log.close()
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3], [2], [3, 0]])
+def test_the_log_holds_on_to_nothing_but_what_it_keeps(kept: list[int]) -> None:
+    whole = answered(["a", "b", "c", "d"])
+    rows = np.array(kept)
+    found = answered_by(whole, [Group(ALONE, CHAMPION, rows)])
+    assert found.rows == len(found.ids) == len(kept)
+    (part,) = found.parts
+    assert [found.ids[place] for place in part.rows] == ["abcd"[row] for row in kept]
+    for columns in (found.columns, found.inputs):
+        assert {len(values) for values in columns.values()} == {len(kept)}
+    assert found.columns["amount"][part.rows].tolist() == kept
 
 
 @asynchronous

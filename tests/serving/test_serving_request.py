@@ -183,7 +183,7 @@ moments = st.datetimes(
 FIRST, LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
-def test_rows_that_tell_one_time_are_told_one_by_one() -> None:
+def test_rows_of_one_time() -> None:
     text = "2024-02-29T23:59:59.999999+02:00"
     for rows in (1, 2, 63, 200):
         found = instants([text] * rows, "at")

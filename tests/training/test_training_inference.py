@@ -9,6 +9,7 @@ from torch import Tensor
 from training.training_samples import CATEGORICAL, NUMERIC, features, model, rows, training
 
 from mlops_ray.errors import ArtifactError, TrainingError
+from mlops_ray.features.matrix import FeatureMatrix
 from mlops_ray.metadata import package as packages
 from mlops_ray.training.dataset import TableColumns
 from mlops_ray.training.fitting import pack, prepare
@@ -67,6 +68,33 @@ def test_scores_are_those_of_the_module_in_any_batch(package):
     for place in (0, 7, 99):
         row = {name: values[place : place + 1] for name, values in columns.items()}
         assert predictor.predict(row)[0] == pytest.approx(together[place], abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 5, 5000])
+def test_a_matrix_is_scored_like_its_columns(package, count):
+    predictor = Predictor(package)
+    table = TableColumns(rows(count, seed=count))
+    spec = package.manifest.encoder
+    wanted = predictor.predict({name: table[name] for name in spec.features})
+    others = {"colour": table["colour"], "unread": np.zeros(count)}
+    for names in (spec.numeric, spec.numeric[::-1], ("more", *spec.numeric)):
+        values = [np.zeros(count) if name == "more" else table[name] for name in names]
+        matrix = FeatureMatrix(names, np.column_stack(values), others)
+        np.testing.assert_array_equal(predictor.predict(matrix), wanted)
+
+
+def test_what_is_missing_is_named(package):
+    predictor = Predictor(package)
+    with pytest.raises(TrainingError, match="are missing"):
+        predictor.predict({})
+    for count in (2, 5000):
+        lacking = dict(TableColumns(rows(count)))
+        del lacking["colour"]
+        with pytest.raises(TrainingError, match="colour"):
+            predictor.predict(lacking)
+        matrix = FeatureMatrix(("a",), np.zeros((count, 1)), {})
+        with pytest.raises(TrainingError, match="are missing"):
+            predictor.predict(matrix)
 
 
 def test_a_model_that_cannot_be_compiled_runs_eagerly(tmp_path):

@@ -168,10 +168,10 @@ class Reader:
         return matrix, status
 
     def read_columns(self, keys: Sequence[Keys], at_us: NDArray[np.int64]) -> FeatureMatrix:
-        """Return every feature as of ``at_us`` by its name ``<view>__<feature>``, arrays [n].
+        """Return every feature as of ``at_us`` by its name ``<view>__<feature>``, numeric ones first.
 
-        float64 with NaN for float, int and bool, as in ``read``; objects (str, None) for strings;
-        ``datetime64[us]`` with NaT for timestamps.
+        Arrays [n]: float64 with NaN for float, int and bool, as in ``read``; objects (str, None)
+        for strings; ``datetime64[us]`` with NaT for timestamps.
         """
         if self._all_numeric:
             return FeatureMatrix(self._numeric_names, self.read(keys, at_us)[0], {})

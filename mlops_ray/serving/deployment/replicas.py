@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from mlops_ray.serving.deployment.app import DEPLOYMENT
@@ -13,7 +14,8 @@ from mlops_ray.serving.models.served import ServedModels
 
 _ANSWER_TIMEOUT_S = 10.0
 
-_handles: dict[str, Any] = {}
+_handles: dict[tuple[str, str], Any] = {}
+_lock = threading.Lock()
 
 
 class RefusedError(Exception):
@@ -52,13 +54,24 @@ def wait_until_served(project: str, served: ServedModels, timeout_s: float) -> N
         if state.get("status") == "RUNNING":
             try:
                 _wake_up(project, state)
-                replicas = ask_all(project, "describe", _ANSWER_TIMEOUT_S)
+                replicas = _ask_running(project, state)
             except (RayError, RayServeException, TimeoutError):
                 replicas = []
             if _all_serve(replicas, served):
                 return
         time.sleep(POLL_S)
     raise not_ready(f"the endpoint of {project}", state, timeout_s)
+
+
+def _ask_running(project: str, state: Config) -> list[Any]:
+    """Return what all replicas say of themselves. TimeoutError where fewer answer than run."""
+    with _handle(project) as handle:
+        answers: list[Any] = handle.broadcast("describe").results(timeout_s=_ANSWER_TIMEOUT_S)
+        replicas = state["deployments"][DEPLOYMENT]["replicas"]
+        running = sum(replica["state"] == "RUNNING" for replica in replicas)
+        if len(answers) < running:
+            raise TimeoutError(f"{len(answers)} of {running} replicas have answered")
+    return answers
 
 
 def _all_serve(replicas: list[Any], served: ServedModels) -> bool:
@@ -81,16 +94,30 @@ def _handle(project: str) -> Iterator[Any]:
 
     Serve's own cache would return it for ever. But a handle can go stale: where the controller was
     gone for a moment, a process may hear of changed replicas no more.
+
+    Raises:
+        RayServeException: There is no such endpoint.
     """
+    import ray
+    from ray import serve
     from ray.serve.handle import DeploymentHandle
 
-    handle: Any = _handles.get(project)
-    if handle is None:
-        handle = _handles[project] = DeploymentHandle(DEPLOYMENT, project)
-        # In throughput mode Serve would route in the caller's event loop, and there is none here.
-        handle._init(_run_router_in_separate_loop=True)
+    serve.get_app_handle(project)
+    # Another connection to Ray may be one to another cluster.
+    key = project, ray.get_runtime_context().get_worker_id()
+    with _lock:
+        handle: Any = _handles.get(key)
+        if handle is None:
+            handle = DeploymentHandle(DEPLOYMENT, project)
+            # In throughput mode Serve would route in the caller's event loop; there is none here.
+            handle._init(_run_router_in_separate_loop=True)
+            _handles[key] = handle
     try:
         yield handle
     except BaseException:
-        _handles.pop(project, None)
+        with _lock:
+            if _handles.get(key) is handle:
+                del _handles[key]
+        with suppress(Exception):
+            handle.shutdown()
         raise

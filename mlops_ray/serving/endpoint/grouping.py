@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from mlops_ray.errors import ServingError
 from mlops_ray.features.matrix import join, take
 from mlops_ray.serving.endpoint.routing import Router
 from mlops_ray.serving.formats.request import PredictRequest
+from mlops_ray.serving.log.encoding import Answered, Part
 from mlops_ray.serving.log.prediction_log import Added
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
 
@@ -183,3 +184,28 @@ def _note(jobs: Sequence[Job], candidates: list[LoadedModel], owners: list[int])
         if owned.count(owned[0]) < len(owned):
             job.by_row = [candidates[place] for place in owned]
         start = stop
+
+
+def answered_by(batch: Answered, groups: Sequence[Group]) -> Answered:
+    """Return what is kept of a batch: the rows of groups that have the same models."""
+    models = groups[0].models
+    rows = [np.arange(len(batch.ids)) if group.rows is None else group.rows for group in groups]
+    if sum(map(len, rows)) == len(batch.ids):
+        parts = [Part(g.model, g.rows, g.model.spec.alias) for g in groups]
+        return replace(batch, models=models, parts=parts)
+    # The log holds on to what it is given.
+    kept = np.concatenate(rows)
+    ends = np.cumsum([len(places) for places in rows]).tolist()
+    return Answered(
+        models,
+        [
+            Part(group.model, np.arange(end - len(places), end), group.model.spec.alias)
+            for group, places, end in zip(groups, rows, ends, strict=True)
+        ],
+        [batch.ids[row] for row in kept.tolist()],
+        batch.times[kept],
+        batch.scores[kept],
+        take(batch.inputs, kept),
+        take(batch.columns, kept),
+        batch.latency_us[kept],
+    )

@@ -22,6 +22,7 @@ from mlops_ray.serving.endpoint.grouping import (
     Group,
     Job,
     Scores,
+    answered_by,
     check_scores,
     groups_of,
     hand_out,
@@ -37,7 +38,7 @@ from mlops_ray.serving.endpoint.routing import Router
 from mlops_ray.serving.endpoint.warming import sample_body
 from mlops_ray.serving.formats.answers import Answer
 from mlops_ray.serving.formats.request import PredictRequest, RequestSchema
-from mlops_ray.serving.log.encoding import Answered, Part
+from mlops_ray.serving.log.encoding import Answered
 from mlops_ray.serving.log.prediction_log import Added, PredictionLog
 from mlops_ray.serving.models.loading import Columns, LoadedModel, ModelSet
 from mlops_ray.serving.models.scorer import AsyncScorer, ModelGoneError
@@ -279,23 +280,18 @@ class Scoring:
         scores: Scores,
         latency_us: NDArray[np.int64],
     ) -> list[Added]:
-        """Give rows to the log, and count who answered them."""
-        parts: dict[int, list[Part]] = {}
-        sets: dict[int, ModelSet] = {}
+        """Give the rows of groups to the log, and count who answered them."""
+        sets: dict[int, list[Group]] = {}
         for group in groups:
-            spec, key = group.model.spec, id(group.models)
+            spec = group.model.spec
             rows = len(ids) if group.rows is None else len(group.rows)
             self._recorder.scored(spec.alias, spec.version, rows, group.models.name)
-            sets[key] = group.models
-            parts.setdefault(key, []).append(Part(group.model, group.rows, spec.alias))
-        times = inputs[self._time]
+            sets.setdefault(id(group.models), []).append(group)
+        whole = Answered(
+            groups[0].models, [], ids, inputs[self._time], scores, inputs, columns, latency_us
+        )
         try:
-            return [
-                self._log.add(
-                    Answered(models, parts[key], ids, times, scores, inputs, columns, latency_us)
-                )
-                for key, models in sets.items()
-            ]
+            return [self._log.add(answered_by(whole, of_set)) for of_set in sets.values()]
         except ServingError as error:
             raise self._not_kept() from error
 

@@ -43,7 +43,7 @@ class Answered:
 
     Args:
         models: The models that were there; those in shadow are asked too. None: there were no others.
-        parts: Who answered which rows. Rows that are in none of them are not kept.
+        parts: Who answered which rows; each row is in one of them.
         ids: Of the predictions.
         times: Of the requests, as they say themselves.
         scores: What was answered.
@@ -63,8 +63,8 @@ class Answered:
 
     @property
     def rows(self) -> int:
-        """How many rows are kept."""
-        return sum(len(self.ids) if p.rows is None else len(p.rows) for p in self.parts)
+        """How many rows there are."""
+        return len(self.ids)
 
 
 Received = tuple[int, Answered]
