@@ -189,18 +189,18 @@ def _note(jobs: Sequence[Job], candidates: list[LoadedModel], owners: list[int])
 def answered_by(batch: Answered, groups: Sequence[Group]) -> Answered:
     """Return what is kept of a batch: the rows of groups that have the same models."""
     models = groups[0].models
-    rows = [np.arange(len(batch.ids)) if group.rows is None else group.rows for group in groups]
-    if sum(map(len, rows)) == len(batch.ids):
+    places = [group.rows for group in groups if group.rows is not None]
+    if not places or sum(map(len, places)) == len(batch.ids):
         parts = [Part(g.model, g.rows, g.model.spec.alias) for g in groups]
         return replace(batch, models=models, parts=parts)
     # The log holds on to what it is given.
-    kept = np.concatenate(rows)
-    ends = np.cumsum([len(places) for places in rows]).tolist()
+    kept = np.concatenate(places)
+    ends = np.cumsum([len(rows) for rows in places]).tolist()
     return Answered(
         models,
         [
-            Part(group.model, np.arange(end - len(places), end), group.model.spec.alias)
-            for group, places, end in zip(groups, rows, ends, strict=True)
+            Part(group.model, np.arange(end - len(rows), end), group.model.spec.alias)
+            for group, rows, end in zip(groups, places, ends, strict=True)
         ],
         [batch.ids[row] for row in kept.tolist()],
         batch.times[kept],
