@@ -99,6 +99,10 @@ class Home:
         """Folder of a project's prediction log."""
         return self.root / "predictions" / project
 
+    def served(self, project: str) -> Path:
+        """File that says which models a project's endpoint has changed to."""
+        return self.root / "serving" / f"{project}.json"
+
     def monitor(self, project: str) -> Path:
         """Folder of a project's monitor state."""
         return self.root / "monitor" / project

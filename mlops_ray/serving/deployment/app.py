@@ -63,8 +63,12 @@ class Replica(InferenceMethods):
         return self._endpoint
 
     async def reconfigure(self, user_config: Any) -> None:
-        """Serve the models of ``user_config``."""
+        """Serve the models of ``user_config``, or those that have taken their place."""
         await self._endpoint.reconfigure(user_config)
+
+    async def adopt(self) -> None:
+        """Serve the models that the endpoint was changed to."""
+        await self._endpoint.adopt()
 
     async def check_health(self) -> None:
         """Raise where Serve should put another replica in this one's place."""

@@ -1,13 +1,15 @@
 """Deploying, changing, flushing and removing an endpoint on the cluster's Ray Serve.
 
-All goes through Serve's declarative API: there a changed ``user_config`` reaches the running
-replicas, while ``serve.run`` would restart them.
+All goes through Serve's declarative API, but for models that change in running replicas: see
+``models.changes``.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from mlops_ray.config.features import Features
@@ -40,6 +42,7 @@ from mlops_ray.serving.deployment.options import (
 )
 from mlops_ray.serving.deployment.placement import roots_of, runtime_environment
 from mlops_ray.serving.deployment.replicas import RefusedError, ask_all, ask_one, wait_until_served
+from mlops_ray.serving.models.changes import Changes
 from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
 FLUSH_TIMEOUT_S = 30.0
@@ -94,17 +97,30 @@ def _deploy(
     roots = roots_of([*_functions(serving, features, service), *targets])
     environment, relative = runtime_environment(roots)
     settings = settings_of(project, home, serving, features, service, models, relative)
-    before = _served(previous)
+    changes = Changes(home, project)
+    declared = _declared(previous)
+    before = None if declared is None else changes.latest(declared)
     served = ServedModels.of(models, serving.routing, before.epoch if before else 0)
     wanted = _application(settings, environment, _prefix(current, project))
-    if previous != _configured(wanted, serving, settings, served):
+
+    def put_back() -> None:
+        if previous is not None:
+            put(details(), project, previous)
+
+    runs = current["applications"].get(project, {}).get("status") == "RUNNING"
+    same = declared is not None and previous == _configured(wanted, serving, settings, declared)
+    if runs and same and declared and before and not settings.placed:
+        if served != before:
+            served = served.model_copy(update={"epoch": _new_epoch()})
+            _change(changes, project, declared, served, timeout_s)
+            put_back = partial(_change, changes, project, declared, before, timeout_s)
+    elif previous != _configured(wanted, serving, settings, served):
         served = served.model_copy(update={"epoch": _new_epoch()})
         put(current, project, _configured(wanted, serving, settings, served))
     try:
         wait_until_served(project, served, timeout_s)
     except RefusedError as refusal:
-        if previous is not None:
-            put(details(), project, previous)
+        put_back()
         raise ServingError(
             f"the endpoint of {project} refuses the new models and goes on with the old ones",
             where=", ".join(f"{m.alias}: version {m.version}" for m in models),
@@ -114,6 +130,16 @@ def _deploy(
     return Endpoint(
         name=project, url=runtime.url(serving), versions={m.alias: m.version for m in models}
     )
+
+
+def _change(
+    changes: Changes, project: str, declared: ServedModels, served: ServedModels, timeout_s: float
+) -> None:
+    """Have the running replicas serve other models."""
+    changes.keep(declared, served)
+    # A replica that does not hear of it looks by itself, and so does one that starts.
+    with suppress(Exception):
+        ask_all(project, "adopt", timeout_s)
 
 
 def settings_of(
@@ -241,7 +267,7 @@ def _configured(
     return application | {"deployments": [{"name": name, **o} for name, o in options.items()]}
 
 
-def _served(application: Config | None) -> ServedModels | None:
+def _declared(application: Config | None) -> ServedModels | None:
     deployments = (application or {}).get("deployments") or [{}]
     user_config = deployments[0].get("user_config")
     return ServedModels.parse(user_config) if user_config else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from mlops_ray.metadata.home import Home
 from mlops_ray.serving.deployment.app import DEPLOYMENT, IMPORT_PATH
 from mlops_ray.serving.deployment.applications import Config, details
 from mlops_ray.serving.deployment.runtime import Ingress, describe
+from mlops_ray.serving.models.changes import Changes
 from mlops_ray.serving.models.served import ServedModels
 
 
@@ -47,7 +50,7 @@ def endpoints() -> list[Listed]:
 
 
 def _listed(name: str, state: Config, ingress: Ingress) -> Listed:
-    served = _served(_config(state))
+    served = _served(name, _config(state))
     return Listed(
         name=name,
         status=state["status"],
@@ -72,10 +75,11 @@ def _config(state: Config) -> dict[str, Any]:
     return state.get("deployed_app_config") or {}
 
 
-def _served(config: Config) -> ServedModels | None:
+def _served(name: str, config: Config) -> ServedModels | None:
+    changes = Changes(Home(Path(config["args"]["home"])), name)
     for deployment in config.get("deployments", []):
         if deployment["name"] == DEPLOYMENT and deployment.get("user_config"):
-            return ServedModels.parse(deployment["user_config"])
+            return changes.latest(ServedModels.parse(deployment["user_config"]))
     return None
 
 

@@ -45,10 +45,14 @@ from mlops_ray.serving.formats import openapi
 from mlops_ray.serving.formats.inference_protocol import InferenceProtocol
 from mlops_ray.serving.formats.request import RequestSchema
 from mlops_ray.serving.log.prediction_log import PredictionLog
+from mlops_ray.serving.models.changes import Changes
 from mlops_ray.serving.models.loading import ModelLoader, ModelSet
+from mlops_ray.serving.models.served import ServedModels
 
 _STUCK_AFTER = 3
 """So many times the longest answer is how long a batch may take before the replica counts as stuck."""
+
+_FOLLOW_EVERY_S = 1.0
 
 _INTERNAL = "internal error; the log has the details"
 
@@ -131,7 +135,9 @@ class Endpoint:
         self._is_many = many is not None
         self._paths = Paths(project, self._table(native, inference), many=self._is_many)
         self._document: Reply | None = None
-        self._ticking: asyncio.Task[None] | None = None
+        self._declared: ServedModels | None = None
+        self._changes = Changes(home, project)
+        self._running: list[asyncio.Task[None]] = []
 
     @property
     def ready(self) -> bool:
@@ -147,8 +153,19 @@ class Endpoint:
         return self.models.own()
 
     async def reconfigure(self, user_config: Any) -> None:
-        """Serve the models that ``user_config`` names; see ``ModelsInService.reconfigure``."""
-        await self.models.reconfigure(user_config)
+        """Serve the models that ``user_config`` declares (see ``ServedModels``), or those that have
+        taken their place since; see ``ModelsInService.take``.
+
+        Raises:
+            ServingError: It declares none.
+        """
+        self._declared = ServedModels.parse(user_config)
+        await self.adopt()
+
+    async def adopt(self) -> None:
+        """Serve the models that the endpoint was changed to, if it was."""
+        if self._declared is not None:
+            await self.models.take(self._changes.latest(self._declared))
 
     async def flush(self) -> int:
         """Write the prediction log; return how many rows and labels were pending."""
@@ -205,13 +222,14 @@ class Endpoint:
     async def start(self) -> None:
         """Begin to write the log and to publish metrics."""
         self.log.start()
-        self._ticking = asyncio.create_task(self._tick())
+        self._running = [asyncio.create_task(work) for work in (self._tick(), self._follow())]
 
     async def stop(self) -> None:
         """Write the rest of the log. Safe to repeat."""
-        if self._ticking is not None:
-            self._ticking.cancel()
-            self._ticking = None
+        if self._running:
+            for task in self._running:
+                task.cancel()
+            self._running = []
             await self.log.close()
 
     async def _live(self, receive: Receive, send: Send) -> None:
@@ -233,6 +251,19 @@ class Endpoint:
                 self.recorder.publish(self._gauges(), self._lookup.reads)
             except Exception:
                 logger.exception("metrics or tokens could not be brought up to date")
+
+    async def _follow(self) -> None:
+        """Adopt changes of which nobody has told this replica, since it was just starting."""
+        seen = None
+        while True:
+            stamp = self._changes.stamp
+            if stamp != seen:
+                seen = stamp
+                try:
+                    await self.adopt()
+                except Exception:
+                    logger.exception("changed models could not be taken")
+            await asyncio.sleep(_FOLLOW_EVERY_S)
 
     def _gauges(self) -> dict[str, float]:
         return {

@@ -69,14 +69,13 @@ class ModelsInService:
                 f"{name[:80]!r} cannot be loaded now", status=503, retry_after_s=5
             ) from error
 
-    async def reconfigure(self, user_config: Any) -> None:
-        """Serve the models that ``user_config`` names (see ``ServedModels``); safe to repeat.
+    async def take(self, served: ServedModels) -> None:
+        """Serve these models; safe to repeat.
 
         The new ones are loaded, verified and tried beside those in service, which answer until then.
         Where one is broken, the old ones stay, and ``refused`` says why: were the error raised, Serve
         would stop this replica. It is raised only when there is nothing to serve yet.
         """
-        served = ServedModels.parse(user_config)
         async with self._loading:
             if self.now is not None and self.now.served == served:
                 self.refused = None
