@@ -6,6 +6,17 @@ import os
 import uuid
 from pathlib import Path
 
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: Path) -> Stamp | None:
+    """Return what is another after each change of a file; None where there is none."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part of it.

@@ -21,6 +21,7 @@ from mlops_ray.metadata.prediction_log.reading import read_labels, read_predicti
 from mlops_ray.serving.client.http import AsyncClient, Client
 from mlops_ray.serving.deployment import deploy as deployment
 from mlops_ray.serving.deployment import runtime
+from mlops_ray.serving.deployment.applications import deployed, details
 
 PREDICT = "/v1/models/shop/predict"
 
@@ -244,7 +245,11 @@ def test_other_port_is_refused(served: Served) -> None:
 def test_replica_that_dies_comes_back_with_its_models(
     ray_cluster: Any, served: Served, client: Client
 ) -> None:
+    served.deploy(1, 2)
+    before = deployed(details(), "shop")
     served.deploy(2, 1)
+    # Serve would send requests by its slow proxy while it hands a change over.
+    assert deployed(details(), "shop") == before
     replica = client.metadata()["replica"]
     (actor,) = [
         name

@@ -256,13 +256,13 @@ class Endpoint:
         """Adopt changes of which nobody has told this replica, since it was just starting."""
         seen = None
         while True:
-            stamp = self._changes.stamp
-            if stamp != seen:
-                seen = stamp
-                try:
+            try:
+                stamp = self._changes.stamp
+                if stamp != seen:
+                    seen = stamp
                     await self.adopt()
-                except Exception:
-                    logger.exception("changed models could not be taken")
+            except Exception:
+                logger.exception("changed models could not be taken")
             await asyncio.sleep(_FOLLOW_EVERY_S)
 
     def _gauges(self) -> dict[str, float]:

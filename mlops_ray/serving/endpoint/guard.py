@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlops_ray.errors import RequestError, ServingError
+from mlops_ray.metadata.files import stamp
 from mlops_ray.serving.endpoint import tokens
 from mlops_ray.serving.endpoint.tokens import PREFIX, Token
 
@@ -68,11 +69,6 @@ class Guard:
         if path is not None:
             self._take(tokens.read(path))
 
-    @property
-    def asks(self) -> bool:
-        """Whether a request needs a token."""
-        return self._path is not None
-
     def check(self, authorization: bytes | None, scope: str) -> Principal:
         """Return who calls with an ``Authorization`` header, and count the request.
 
@@ -96,17 +92,17 @@ class Guard:
         if self._path is None:
             return
         try:
-            stamp = _stamp(self._path)
-            if stamp == self._seen:
+            now = stamp(self._path)
+            if now == self._seen:
                 return
-            self._take(tokens.read(self._path) if stamp is not None else ())
+            self._take(tokens.read(self._path) if now is not None else ())
         except (OSError, ServingError) as error:
             # It is read again each time, since the next may succeed; one line says why it does not.
             if str(error) != self._trouble:
                 self._trouble = str(error)
                 logger.exception("the tokens stay as they were")
             return
-        self._seen, self._trouble = stamp, ""
+        self._seen, self._trouble = now, ""
 
     def _take(self, found: tuple[Token, ...]) -> None:
         before = self._known
@@ -161,11 +157,3 @@ class _Known:
                 retry_after_s=(1 - self._left) / rate,
             )
         self._left -= 1
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -12,11 +12,9 @@ import logging
 from pydantic import ValidationError
 
 from mlops_ray.config.base import Frozen
-from mlops_ray.metadata.files import write_whole
+from mlops_ray.metadata.files import Stamp, stamp, write_whole
 from mlops_ray.metadata.home import Home
 from mlops_ray.serving.models.served import ServedModels
-
-Stamp = tuple[int, int, int]
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,8 +51,4 @@ class Changes:
     @property
     def stamp(self) -> Stamp | None:
         """Another one after each change; None where there was none."""
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_ino, status.st_size, status.st_mtime_ns
+        return stamp(self._path)
