@@ -275,7 +275,8 @@ class Watched:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.25):
+        # A look takes some 70 ms of a core.
+        while not self._over.wait(1.0):
             self.peak_mib = max(self.peak_mib, sum(map(pss_mib, tree(os.getpid()))))
 
 

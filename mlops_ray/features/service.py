@@ -104,16 +104,20 @@ def stored_columns(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> Columns
 
 def objects(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """Return values as an object array; equal texts of many rows are mostly one object."""
-    if len(values) >= _MANY_ROWS and pa.types.is_string(values.type):
+    if len(values) >= _MANY_ROWS:
         whole = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
         # A few rows tell whether a dictionary of all would be worth its making.
-        head = whole.slice(0, _MANY_ROWS)
-        if len(head.unique()) <= _MANY_ROWS // 4:
-            encoded = whole.dictionary_encode()
-            distinct = np.array([*encoded.dictionary.to_pylist(), None], object)
-            places = pc.fill_null(encoded.indices, len(distinct) - 1)
+        if pa.types.is_string(whole.type) and _is_repetitive(whole.slice(0, _MANY_ROWS).unique()):
+            whole = whole.dictionary_encode()
+        if pa.types.is_dictionary(whole.type) and _is_repetitive(whole.dictionary):
+            distinct = np.array([*whole.dictionary.to_pylist(), None], object)
+            places = pc.fill_null(whole.indices, len(distinct) - 1)
             return distinct[places.to_numpy()]
     return np.array(values.to_pylist(), object)
+
+
+def _is_repetitive(distinct: pa.Array) -> bool:
+    return len(distinct) <= _MANY_ROWS // 4
 
 
 def _stored(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
@@ -187,10 +191,12 @@ def _input(table: pa.Table, name: str, field: RequestField) -> NDArray[Any]:
         # The smallest int64 is both a null here and numpy's NaT.
         return instants(table, name, where).view("datetime64[us]")
     values = column(table, name, where)
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    if not _FITS[field.dtype](values.type):
-        raise wrong_type(name, field.dtype, values.type, where)
+    is_dictionary = pa.types.is_dictionary(values.type)
+    kind = values.type.value_type if is_dictionary else values.type
+    if not _FITS[field.dtype](kind):
+        raise wrong_type(name, field.dtype, kind, where)
+    if is_dictionary and field.dtype != "string":
+        values = values.cast(kind)
     if field.dtype == "float":
         return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(), np.float64)
     if field.dtype == "string" or values.null_count:

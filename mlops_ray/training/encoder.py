@@ -8,6 +8,7 @@ never seen in training share code 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Any, Self
 
 import numpy as np
@@ -132,9 +133,9 @@ class Encoder:
             return None
         return np.array([columns[name] for name in names], dtype=np.float64).T
 
-    def _encode_values(self, place: int, values: npt.NDArray[Any]) -> list[int]:
-        code = self._codes[place].get
-        return [code(value, 0) for value in values.tolist()]
+    def _encode_values(self, place: int, values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        codes = map(self._codes[place].get, values.tolist(), repeat(0))
+        return np.fromiter(codes, np.int64, len(values))
 
     def _missing(self, columns: Columns) -> TrainingError:
         absent = [name for name in self.spec.features if name not in columns]

@@ -14,6 +14,7 @@ from mlops_ray.errors import TrainingError
 from mlops_ray.features.matrix import take
 from mlops_ray.metadata.package import EncoderSpec, Package
 from mlops_ray.training import forms
+from mlops_ray.training.allocator import keep_freed_memory
 from mlops_ray.training.encoder import Columns, Encoder, Scaling
 from mlops_ray.training.loop import build
 
@@ -30,7 +31,8 @@ class Predictor:
     is where that is not possible, which are the same for the same package everywhere. ``fastest``
     tries ONNX Runtime too and takes what is fastest on this machine. ``form`` says what runs.
 
-    Sets torch to one thread: the models are small, and replicas share the machine.
+    Sets torch to one thread: the models are small, and replicas share the machine. The process keeps
+    freed memory (see ``keep_freed_memory``).
 
     Args:
         package: The model. Its weights are not kept.
@@ -43,6 +45,7 @@ class Predictor:
 
     def __init__(self, package: Package, *, fastest: bool = False, gpu: bool = False) -> None:
         torch.set_num_threads(1)
+        keep_freed_memory()
         spec = package.manifest.encoder
         device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
         self._encoder = Encoder(spec)

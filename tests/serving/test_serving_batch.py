@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,27 @@ def test_pieces_cut_anyhow_give_the_same_rows(
     check_scores(scored, table, packages[0])
     assert sum(result.scores.counts) == ROWS
     assert result.scores.mean == pytest.approx(float(np.mean(scored["score"])), abs=1e-9)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json", "delta"])
+def test_texts_that_repeat_are_checked_scored_and_written_as_texts(
+    batch_home: Home, packages: list[Path], tmp_path: Path, kind: str
+) -> None:
+    rows = 10 * ROWS
+    table, kept = visits(rows), [row for row in range(rows) if row != 5]
+    customers = pa.array([None if row == 5 else "anna" for row in range(rows)], pa.string())
+    flawed = table.set_column(1, "customer", customers)
+    source, output = place(flawed, tmp_path / "in", groups=rows), tmp_path / f"out.{kind}"
+    settings = {"output_format": kind, "max_rejected": 0.1, "batch_rows": 50}
+    result = score(batch_home, packages[0], source, output, **settings)
+    if kind == "parquet":
+        scored = pq.read_table(output)
+        assert scored.select(table.column_names).equals(table.take(kept))
+        check_scores(scored, table.take(kept), packages[0])
+    assert (result.rows, result.rejected) == (len(kept), 1)
+    (told,) = pq.read_table(tmp_path / f"out.{kind}.rejected.parquet").to_pylist()
+    assert json.loads(told["values"])["coupon"] is None
 
 
 @pytest.mark.usefixtures("here")

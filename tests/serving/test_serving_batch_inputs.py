@@ -128,6 +128,42 @@ def test_parquet_pieces_are_the_rows_in_their_order(
     assert [n for chunk in chunks for n in chunk.rows.tolist()] == list(range(rows))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    distinct=st.integers(1, 300),
+    group=st.integers(50, 3000),
+    batch=st.integers(50, 3000),
+    seed=st.integers(0, 5),
+)
+def test_texts_are_the_same_whether_they_repeat_or_not(
+    tmp_path_factory: pytest.TempPathFactory, distinct: int, group: int, batch: int, seed: int
+) -> None:
+    file = str(tmp_path_factory.mktemp("parquet") / "in.parquet")
+    drawn = np.random.default_rng(seed).integers(0, distinct + 1, 3000).tolist()
+    texts = [None if n == distinct else f"text {n}" for n in drawn]
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), file, row_group_size=group)
+    reader = ColumnarReader(LOCAL, read_schema(LOCAL, [file]))
+    (piece,) = pieces_of(LOCAL, [(file, {})], 3000)
+    columns = [chunk.table["text"] for chunk in reader.read(piece, batch)]
+    assert [text for column in columns for text in column.to_pylist()] == texts
+    assert [text for column in columns for text in objects(column).tolist()] == texts
+    assert reader.schema.field("text").type == pa.string()
+
+
+@pytest.mark.parametrize(("distinct", "repeats"), [(3, True), (3000, False)])
+def test_only_texts_that_repeat_are_read_as_dictionaries(
+    tmp_path: Path, distinct: int, repeats: bool
+) -> None:
+    file = str(tmp_path / "in.parquet")
+    texts = [f"text {n % distinct}" for n in range(3000)]
+    pq.write_table(pa.table({"text": texts, "n": range(3000)}), file)
+    reader = ColumnarReader(LOCAL, read_schema(LOCAL, [file]))
+    (piece,) = pieces_of(LOCAL, [(file, {})], 3000)
+    (chunk,) = reader.read(piece, 3000)
+    assert pa.types.is_dictionary(chunk.table.schema.field("text").type) == repeats
+    assert chunk.table.schema.field("n").type == pa.int64()
+
+
 @given(st.lists(st.none() | st.integers(-(2**63), 2**63 - 1).map(str) | st.text(max_size=4)))
 def test_whole_numbers_are_those_that_python_reads(texts: list[str | None]) -> None:
     values, flaws = from_texts(pa.array(texts, pa.string()), pa.int64(), empty_is_null=True)
@@ -204,5 +240,6 @@ def test_objects_are_the_same_however_they_are_made(distinct: int) -> None:
     random = np.random.default_rng(0)
     texts = [None if n == 0 else f"t{n}" for n in random.integers(0, distinct, 5000).tolist()]
     chunked = pa.chunked_array([texts[:3000], texts[3000:]], pa.string())
-    assert objects(chunked).tolist() == texts
-    assert objects(chunked).dtype == object
+    for values in (chunked, chunked.dictionary_encode()):
+        assert objects(values).tolist() == texts
+        assert objects(values).dtype == object

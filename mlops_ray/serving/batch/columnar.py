@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,11 @@ from mlops_ray.serving.batch.pieces import Chunk, Piece, cut
 
 @dataclass(frozen=True)
 class ColumnarReader:
-    """Reads Parquet files; ``schema`` is that of all of them, and of every chunk."""
+    """Reads Parquet files; ``schema`` is that of all of them.
+
+    Chunks have it too, but for texts that repeat much: those come as dictionaries, as they lie in the
+    file.
+    """
 
     filesystem: Any
     schema: pa.Schema
@@ -34,7 +39,7 @@ class ColumnarReader:
         )
         try:
             place = piece.first
-            for batch in _rows(self.filesystem, piece, batch_rows, schema.names):
+            for batch in _rows(self.filesystem, piece, batch_rows, schema):
                 table = _conform(batch, schema, piece)
                 yield Chunk(table, np.arange(place, place + table.num_rows))
                 place += table.num_rows
@@ -103,11 +108,15 @@ def unreadable(file: str, error: Exception) -> SourceError:
 
 
 def _rows(
-    filesystem: Any, piece: Piece, batch_rows: int, columns: Sequence[str]
+    filesystem: Any, piece: Piece, batch_rows: int, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(piece.file, filesystem=filesystem) as file:
-        wanted, skip, left = _groups(file.metadata, piece)
-        here = [name for name in columns if name in file.schema_arrow.names]
+    metadata = pq.read_metadata(piece.file, filesystem=filesystem)
+    wanted, skip, left = _groups(metadata, piece)
+    texts = _repetitive(metadata, wanted, schema)
+    with pq.ParquetFile(
+        piece.file, filesystem=filesystem, metadata=metadata, read_dictionary=texts
+    ) as file:
+        here = [name for name in schema.names if name in file.schema_arrow.names]
         batches = file.iter_batches(batch_rows, row_groups=wanted, columns=here, use_threads=False)
         for batch in batches:
             used = batch.slice(skip, left)
@@ -129,12 +138,30 @@ def _groups(metadata: Any, piece: Piece) -> tuple[list[int], int, int]:
     return wanted.tolist(), skip, piece.rows
 
 
+def _repetitive(metadata: Any, groups: Sequence[int], schema: pa.Schema) -> list[str]:
+    """Return the text columns that take less than a byte a row: they have few different values."""
+    bytes_of: Counter[str] = Counter()
+    rows = 0
+    for number in groups:
+        group = metadata.row_group(number)
+        rows += group.num_rows
+        for place in range(group.num_columns):
+            chunk = group.column(place)
+            bytes_of[chunk.path_in_schema] += chunk.total_uncompressed_size
+    texts = (field.name for field in schema if pa.types.is_string(field.type))
+    return [name for name in texts if 0 < bytes_of[name] < rows]
+
+
 def _conform(batch: pa.RecordBatch, schema: pa.Schema, piece: Piece) -> pa.Table:
     columns = []
-    for field in schema:
+    for place, field in enumerate(schema):
         if field.name in batch.schema.names:
             values = batch.column(field.name)
-            columns.append(values if values.type == field.type else values.cast(field.type))
+            if pa.types.is_dictionary(values.type) and values.type.value_type == field.type:
+                schema = schema.set(place, field.with_type(values.type))
+            elif values.type != field.type:
+                values = values.cast(field.type)
+            columns.append(values)
         else:
             value = pa.scalar(piece.values.get(field.name)).cast(field.type)
             columns.append(pa.repeat(value, batch.num_rows))

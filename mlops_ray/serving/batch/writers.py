@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ class ParquetRows:
     def __init__(self, path: Path, schema: pa.Schema, header: bool) -> None:
         texts = [f.name for f in schema if pa.types.is_string(f.type) or _is_large(f.type)]
         self._writer = pq.ParquetWriter(path, schema, use_dictionary=texts)
+        self._written = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._held: list[pa.Table] = []
         self._rows = 0
 
@@ -45,13 +47,19 @@ class ParquetRows:
 
     def close(self) -> None:
         """Write what is kept, and the footer."""
-        if self._held:
-            self._flush()
-        self._writer.close()
+        try:
+            if self._held:
+                self._flush()
+            self._writer.close()
+        finally:
+            os.close(self._written)
 
     def _flush(self) -> None:
         self._writer.write_table(pa.concat_tables(self._held))
         self._held, self._rows = [], 0
+        if hasattr(os, "posix_fadvise"):
+            # The disk begins now, so that who syncs the whole file hardly waits.
+            os.posix_fadvise(self._written, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class CsvRows:
