@@ -1,17 +1,21 @@
 """One run of the batch scoring benchmark in a process of its own.
 
 python -m benchmarks._batch_work prepare FOLDER ROWS | ours FOLDER CORES [COPIES] | peer FOLDER THREADS
+    | peers FOLDER CORES | compare FOLDER CORES
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +172,24 @@ def copied(folder: Path, copies: int) -> Path:
     return target
 
 
-def peer(folder: Path, threads: int) -> dict[str, Any]:
+def peers(folder: Path, cores: int) -> dict[str, Any]:
+    """As many peers at once as there are cores, each with all rows and a core of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, mp_context=context) as pool:
+        places = sorted(os.sched_getaffinity(0))[:cores]
+        seconds = [*pool.map(_peer_on, places, [folder] * cores)]
+    return {"seconds": statistics.harmonic_mean(seconds) / cores}
+
+
+def _peer_on(core: int, folder: Path) -> float:
+    os.sched_setaffinity(0, [core])
+    output = folder / f"peer-{core}.parquet"
+    told = peer(folder, 1, output)
+    output.unlink()
+    return float(told["seconds"])
+
+
+def peer(folder: Path, threads: int, output: Path | None = None) -> dict[str, Any]:
     """What one would write by hand: read, encode, predict and write a batch at a time."""
     import torch
 
@@ -207,7 +228,7 @@ def peer(folder: Path, threads: int) -> dict[str, Any]:
             logits = torch.cat([frozen(*block) for block in blocks])
             return torch.sigmoid(logits.double()).numpy()
 
-    output = folder / "peer.parquet"
+    output = output or folder / "peer.parquet"
     began = time.perf_counter()
     writer, held = None, []
     for batch in batches(folder / "rows", threads > 1):
@@ -307,6 +328,8 @@ def main() -> None:
         prepare(folder, number)
     elif what == "compare":
         told = compare(folder)
+    elif what == "peers":
+        told = peers(folder, number)
     else:
         # Whatever a library starts, it has these cores and no others.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])

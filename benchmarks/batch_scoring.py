@@ -18,7 +18,7 @@ MORE, TENFOLD = 4, 10
 
 def run(*, quick: bool) -> list[dict[str, Any]]:
     """10M rows and, of the same files, four times as many (quick: 200k): ours on all cores, the peer
-    on one core, and with threads on all.
+    on one core, on each core at once, and with threads on all.
 
     Each run is a process of its own, they take turns, and the results must be equal. The peer's clock
     starts when its imports and its model are there. Ours starts processes within the call, whatever
@@ -28,7 +28,7 @@ def run(*, quick: bool) -> list[dict[str, Any]]:
     """
     rows, repeats = (200_000, 1) if quick else (10_000_000, REPEATS)
     cores = len(os.sched_getaffinity(0))
-    times: dict[str, list[float]] = {"once": [], "more": [], "core": [], "threads": []}
+    times: dict[str, list[float]] = {"once": [], "more": [], "core": [], "each": [], "threads": []}
     memory = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as name:
         folder = Path(name)
@@ -40,6 +40,7 @@ def run(*, quick: bool) -> list[dict[str, Any]]:
             memory.append(told["mib"])
             if repeat == 0:
                 work("compare", folder, cores)
+            times["each"].append(work("peers", folder, cores)["seconds"])
             times["threads"].append(work("peer", folder, cores)["seconds"])
             times["more"].append(work("ours", folder, cores, MORE)["seconds"])
         (folder / "peer.parquet").unlink()
@@ -52,6 +53,9 @@ def run(*, quick: bool) -> list[dict[str, Any]]:
     return [
         compared("rows_per_s", rows, further_s, core, times["core"], cores),
         compared("whole_rows_per_s", rows, times["once"], core, times["core"], cores),
+        compared(
+            "rows_per_s_each_core", rows, further_s, f"{cores} of them at once", times["each"], 1
+        ),
         compared("rows_per_s_threads", rows, further_s, "the same, threads", times["threads"], 1),
         plain("start_s", "s", statistics.median(start_s)),
         plain("peak_mib", "MiB", statistics.median(memory)),
