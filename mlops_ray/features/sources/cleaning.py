@@ -61,7 +61,9 @@ def clean_slices(target: str, file: Path, where: str) -> Iterator[pa.Table]:
 def _on_ray_data(clean: CleanSlice, starts: range) -> Iterator[pa.Table]:
     import ray.data
 
-    blocks: Any = ray.data.from_arrow([pa.table({"start": [start]}) for start in starts])
+    # Made here, each a block: from_arrow would first wait for a worker to look at them.
+    items = [{"start": start} for start in starts]
+    blocks: Any = ray.data.from_items(items, override_num_blocks=len(items))
     dataset = blocks.map_batches(
         clean, batch_format="pyarrow", batch_size=None, zero_copy_batch=True
     )

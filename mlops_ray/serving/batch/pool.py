@@ -6,8 +6,6 @@ import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
-import pyarrow as pa
-
 from mlops_ray.errors import ServingError
 from mlops_ray.serving.batch.folder import Done
 from mlops_ray.serving.batch.pieces import Piece
@@ -28,8 +26,10 @@ def run_pieces(plan: ScoringPlan, pieces: Sequence[Piece]) -> Generator[Done, No
 
     # So that no worker is left with a large one when the others have nothing to do.
     largest_first = sorted(pieces, key=lambda piece: -piece.rows)
-    blocks: Any = ray.data.from_arrow(
-        [pa.table({"piece": [piece.model_dump_json()]}) for piece in largest_first]
+    # Made here, each a block: from_arrow would first wait for a worker to look at them.
+    blocks: Any = ray.data.from_items(
+        [{"piece": piece.model_dump_json()} for piece in largest_first],
+        override_num_blocks=len(largest_first),
     )
     dataset = blocks.map_batches(
         PieceScorer,
