@@ -13,6 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from faults.serving_load import load, parent, processes
 from serving import shop
 from serving.harness import Served, shared_serving
 
-from mlops_ray.config.serving import Autoscaling
+from mlops_ray.config.serving import Autoscaling, Placement, Routing
 from mlops_ray.errors import ServingError
 from mlops_ray.metadata.home import Home
 from mlops_ray.metadata.types import Endpoint
@@ -152,6 +153,35 @@ def test_a_process_that_hears_of_no_changes_still_deploys(served: Served) -> Non
         assert not set(replicas()) & set(before)
     finally:
         SharedRouterLongPollClient.get_or_create.cache_clear()
+
+
+def test_a_model_in_another_process_is_found_again_when_controller_and_process_have_died(
+    served: Served,
+) -> None:
+    before = served.serving
+    alone = Routing(shares={"first": 0.5}, placement={"first": Placement(num_cpus=0.1)})
+    served.serving = before.model_copy(update={"routing": alone})
+    try:
+        served.deploy(1, 2)
+        for _ in range(2):
+            kill(processes("ray::ServeController"))
+            kill(processes("ray::ServeReplica:shop:model-first"))
+            with closing(Client(served.address, retries=None)) as client:
+                wait_until(lambda client=client: answering(client) == {1, 2})
+    finally:
+        served.serving = before
+        served.deploy(1)
+
+
+def answering(client: Client) -> set[int | None]:
+    """The versions that answer some requests, None among them where one fails."""
+    found: set[int | None] = set()
+    for _ in range(20):
+        try:
+            found.add(client.predict([ROW]).version)
+        except ServingError:
+            found.add(None)
+    return found
 
 
 def test_a_model_whose_file_is_missing_leaves_the_old_one(served: Served, tmp_path: Path) -> None:

@@ -108,8 +108,13 @@ def _deploy(
             put(details(), project, previous)
 
     runs = current["applications"].get(project, {}).get("status") == "RUNNING"
-    same = declared is not None and previous == _configured(wanted, serving, settings, declared)
-    if runs and same and declared and before and not settings.placed:
+    if (
+        runs
+        and declared
+        and before
+        and not settings.placed
+        and previous == _configured(wanted, serving, settings, declared)
+    ):
         if served != before:
             served = served.model_copy(update={"epoch": _new_epoch()})
             _change(changes, project, declared, served, timeout_s)
