@@ -111,7 +111,7 @@ def objects(values: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
             whole = whole.dictionary_encode()
         if pa.types.is_dictionary(whole.type) and _is_repetitive(whole.dictionary):
             distinct = np.array([*whole.dictionary.to_pylist(), None], object)
-            places = pc.fill_null(whole.indices, len(distinct) - 1)
+            places = pc.fill_null(whole.indices.cast(pa.int64()), len(distinct) - 1)
             return distinct[places.to_numpy()]
     return np.array(values.to_pylist(), object)
 
@@ -195,7 +195,7 @@ def _input(table: pa.Table, name: str, field: RequestField) -> NDArray[Any]:
     kind = values.type.value_type if is_dictionary else values.type
     if not _FITS[field.dtype](kind):
         raise wrong_type(name, field.dtype, kind, where)
-    if is_dictionary and field.dtype != "string":
+    if is_dictionary and (field.dtype != "string" or values.num_chunks > 1):
         values = values.cast(kind)
     if field.dtype == "float":
         return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(), np.float64)

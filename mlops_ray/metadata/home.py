@@ -99,9 +99,9 @@ class Home:
         """Folder of a project's prediction log."""
         return self.root / "predictions" / project
 
-    def served(self, project: str) -> Path:
-        """File that says which models a project's endpoint has changed to."""
-        return self.root / "serving" / f"{project}.json"
+    def served(self, project: str, epoch: int) -> Path:
+        """File that says to which models an endpoint has changed that was declared with ``epoch``."""
+        return self.root / "serving" / project / f"{epoch}.json"
 
     def monitor(self, project: str) -> Path:
         """Folder of a project's monitor state."""

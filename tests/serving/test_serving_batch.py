@@ -184,6 +184,29 @@ def test_a_query_is_scored_into_a_table_once(
 
 
 @pytest.mark.usefixtures("here")
+def test_rows_of_a_query_whose_texts_repeat_are_checked_one_by_one(
+    batch_home: Home, packages: list[Path], tmp_path: Path
+) -> None:
+    import sqlalchemy as sa
+
+    url, rows = f"sqlite:///{tmp_path / 'shop.db'}", 5 * ROWS
+    engine = sa.create_engine(url)
+    # As SQLite has them: times without an offset, numbers as texts, one of which is none.
+    amounts = pl.Series(["2.5"] * 5 + ["n/a"] + ["2.5"] * (rows - 6))
+    table = pl.DataFrame(visits(rows)).with_columns(
+        at=pl.lit(f"{shop.NOW:%Y-%m-%d %H:%M:%S}"), amount=amounts
+    )
+    table.write_database("visits", engine, engine="sqlalchemy")
+    engine.dispose()
+    settings = {"query": "select * from visits order by number", "batch_rows": 50}
+    output = tmp_path / "out.parquet"
+    result = score(batch_home, packages[0], url, output, max_rejected=0.1, **settings)
+    assert (result.rows, result.rejected) == (rows - 1, 1)
+    (told,) = pq.read_table(tmp_path / "out.parquet.rejected.parquet").to_pylist()
+    assert (told["row"], told["field"]) == (5, "amount")
+
+
+@pytest.mark.usefixtures("here")
 def test_delta_is_added_to_once_for_each_input(
     batch_home: Home, packages: list[Path], tmp_path: Path
 ) -> None:

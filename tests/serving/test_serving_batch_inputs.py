@@ -130,21 +130,32 @@ def test_parquet_pieces_are_the_rows_in_their_order(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    distinct=st.integers(1, 300),
+    distinct=st.integers(0, 300),
     group=st.integers(50, 3000),
     batch=st.integers(50, 3000),
-    seed=st.integers(0, 5),
+    encoding=st.sampled_from([None, "PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"]),
 )
 def test_texts_are_the_same_whether_they_repeat_or_not(
-    tmp_path_factory: pytest.TempPathFactory, distinct: int, group: int, batch: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory,
+    distinct: int,
+    group: int,
+    batch: int,
+    encoding: str | None,
 ) -> None:
     file = str(tmp_path_factory.mktemp("parquet") / "in.parquet")
-    drawn = np.random.default_rng(seed).integers(0, distinct + 1, 3000).tolist()
+    drawn = np.random.default_rng(distinct).integers(0, distinct + 1, 3000).tolist()
     texts = [None if n == distinct else f"text {n}" for n in drawn]
-    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), file, row_group_size=group)
+    pq.write_table(
+        pa.table({"text": pa.array(texts, pa.string())}),
+        file,
+        row_group_size=group,
+        use_dictionary=encoding is None,
+        column_encoding=encoding and {"text": encoding},
+    )
     reader = ColumnarReader(LOCAL, read_schema(LOCAL, [file]))
     (piece,) = pieces_of(LOCAL, [(file, {})], 3000)
     columns = [chunk.table["text"] for chunk in reader.read(piece, batch)]
+    assert len(columns) <= 1 + 3000 / batch + 3000 / group
     assert [text for column in columns for text in column.to_pylist()] == texts
     assert [text for column in columns for text in objects(column).tolist()] == texts
     assert reader.schema.field("text").type == pa.string()
@@ -235,11 +246,14 @@ def test_repeated_ids_are_all_but_the_first(
     assert not (folder / "scratch").exists()
 
 
-@pytest.mark.parametrize("distinct", [1, 7, 5000])
+@pytest.mark.parametrize("distinct", [1, 7, 129, 5000])
 def test_objects_are_the_same_however_they_are_made(distinct: int) -> None:
     random = np.random.default_rng(0)
     texts = [None if n == 0 else f"t{n}" for n in random.integers(0, distinct, 5000).tolist()]
     chunked = pa.chunked_array([texts[:3000], texts[3000:]], pa.string())
-    for values in (chunked, chunked.dictionary_encode()):
+    encoded = chunked.dictionary_encode()
+    narrow = pa.dictionary(pa.int8(), pa.string())
+    more = [encoded.cast(narrow)] if distinct < 130 else []
+    for values in (chunked, encoded, *more):
         assert objects(values).tolist() == texts
         assert objects(values).dtype == object

@@ -17,10 +17,13 @@ from serving.harness import Served, same
 
 from mlops_ray.cli.endpoints import endpoints as endpoints_verb
 from mlops_ray.config.serving import Autoscaling, Placement, Routing, Serving
+from mlops_ray.errors import ServingError
 from mlops_ray.serving.client.http import Client
-from mlops_ray.serving.deployment import applications
+from mlops_ray.serving.deployment import applications, deploy
 from mlops_ray.serving.deployment.deploy import remove
 from mlops_ray.serving.deployment.replicas import ask_all
+from mlops_ray.serving.models.changes import Change, Changes
+from mlops_ray.serving.models.served import ServedModels
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,53 @@ def test_shares_change_in_place_under_load(served: Served) -> None:
     assert set(found[0]) == {1, 2}
     assert set(found[1]) == {2}
     assert set(found[2]) == {1}
+
+
+def declared(served: Served) -> ServedModels:
+    application = applications.deployed(applications.details(), "shop")
+    assert application is not None
+    return ServedModels.parse(application["deployments"][0]["user_config"])
+
+
+def test_a_change_that_does_not_come_to_its_end_is_taken_back(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.deploy(1, 2)
+    served.deploy(2, 1)
+    changes = Changes(served.home, "shop")
+    before = changes.read(declared(served))
+    assert before is not None
+    assert before.before is None
+
+    def late(*_: Any) -> None:
+        raise ServingError("it is not ready in time")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "wait_until_served", late)
+        with pytest.raises(ServingError, match="in time"):
+            served.deploy(3, 1)
+    assert changes.read(declared(served)) == before
+    assert {replica["epoch"] for replica in ask_all("shop", "describe", 10.0)} == {
+        before.served.epoch
+    }
+
+
+def test_a_change_whose_process_was_killed_is_begun_anew(served: Served) -> None:
+    served.deploy(1, 2)
+    served.deploy(2, 1)
+    changes = Changes(served.home, "shop")
+    standing = changes.read(declared(served))
+    assert standing is not None
+    left = standing.served.model_copy(update={"epoch": standing.served.epoch + 1})
+    changes.keep(declared(served), Change(served=left, before=standing.served))
+    served.deploy(2, 1)
+    found = changes.read(declared(served))
+    assert found is not None
+    assert found.before is None
+    assert found.served.epoch > left.epoch
+    assert {replica["epoch"] for replica in ask_all("shop", "describe", 10.0)} == {
+        found.served.epoch
+    }
 
 
 def test_an_alias_has_processes_of_its_own(served: Served) -> None:
@@ -98,6 +148,8 @@ def test_an_endpoint_scales_to_none_and_back(served: Served) -> None:
     while running() and time.monotonic() < deadline_s:
         time.sleep(0.2)
     assert running() == 0
+    with pytest.raises(ServingError, match="goes on with the old"):
+        served.deploy(4)
     client = Client(served.address, retries=None, timeout_s=60)
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(client.predict, [shop.ROW]) for _ in range(8)]

@@ -12,9 +12,10 @@ from serving import shop
 from serving.harness import LocalShop, open_local
 
 from mlops_ray.config.serving import Serving
+from mlops_ray.errors import MlopsRayError, ServingError
 from mlops_ray.metadata.home import Home
 from mlops_ray.serving.endpoint import endpoint as endpoints
-from mlops_ray.serving.models.changes import Changes
+from mlops_ray.serving.models.changes import Change, Changes
 from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
 
@@ -26,29 +27,41 @@ def served(version: int, epoch: int) -> ServedModels:
 
 def test_a_change_belongs_to_what_was_declared(tmp_path: Path) -> None:
     changes = Changes(Home(tmp_path), "shop")
-    first, second = served(1, 10), served(2, 11)
-    assert changes.latest(first) == first
-    assert changes.stamp is None
-    changes.keep(first, second)
-    stamp = changes.stamp
-    assert Changes(Home(tmp_path), "shop").latest(first) == second
-    # Whoever declares anew means that.
-    assert changes.latest(served(3, 12)) == served(3, 12)
-    assert Changes(Home(tmp_path), "other").latest(first) == first
-    changes.keep(first, served(3, 13))
-    assert changes.stamp != stamp
-    assert changes.latest(first) == served(3, 13)
+    first, other = served(1, 10), served(3, 12)
+    assert changes.read(first) is None
+    assert changes.stamp(first) is None
+    changes.keep(first, Change(served=served(2, 11), before=first))
+    stamp = changes.stamp(first)
+    found = Changes(Home(tmp_path), "shop").read(first)
+    assert found == Change(served=served(2, 11), before=first)
+    assert found.good == first
+    # Whoever declares anew means that; another cluster may declare something else in the same home.
+    assert changes.read(other) is None
+    changes.keep(other, Change(served=served(5, 13)))
+    assert changes.read(first) == found
+    assert changes.stamp(first) == stamp
+    assert Changes(Home(tmp_path), "other").read(first) is None
+    changes.keep(first, Change(served=served(2, 11)))
+    assert changes.stamp(first) != stamp
+    changes.forget(first)
+    assert changes.read(first) is None
+    assert changes.read(other) == Change(served=served(5, 13))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"of": 10}', b"\xff"])
-def test_a_file_that_is_no_change_is_passed_over(tmp_path: Path, content: bytes) -> None:
+def test_what_cannot_be_read_is_an_error(tmp_path: Path, content: bytes) -> None:
     home = Home(tmp_path)
     changes = Changes(home, "shop")
-    changes.keep(served(1, 10), served(2, 11))
-    home.served("shop").write_bytes(content)
-    logging.disable(logging.CRITICAL)
-    assert changes.latest(served(1, 10)) == served(1, 10)
-    logging.disable(logging.NOTSET)
+    changes.keep(served(1, 10), Change(served=served(2, 11)))
+    home.served("shop", 10).write_bytes(content)
+    with pytest.raises(ServingError, match="cannot be read which models"):
+        changes.read(served(1, 10))
+
+
+def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "serving").write_text("no folder")
+    with pytest.raises(ServingError, match="cannot be written which models"):
+        Changes(Home(tmp_path), "shop").keep(served(1, 10), Change(served=served(2, 11)))
 
 
 @pytest.fixture
@@ -64,13 +77,22 @@ def changed(shop_home: Home, packages: list[Path], tmp_path: Path) -> Any:
             self.declared = local.config(1)
             return local
 
-        def keep(self, version: int) -> None:
+        def keep(self, version: int, before: int | None = None) -> None:
             declared = ServedModels.parse(self.declared)
-            answer = declared.answer
+            change = Change(
+                served=self.models(version), before=None if before is None else self.models(before)
+            )
+            Changes(self.home, "shop").keep(declared, change)
+
+        def models(self, version: int) -> ServedModels:
+            declared = ServedModels.parse(self.declared)
             path = str(packages[version - 1])
-            spec = answer.model_copy(update={"version": version, "path": path})
-            update = {"answer": spec, "epoch": 100 + version}
-            Changes(self.home, "shop").keep(declared, declared.model_copy(update=update))
+            spec = declared.answer.model_copy(update={"version": version, "path": path})
+            return declared.model_copy(update={"answer": spec, "epoch": 100 + version})
+
+        @property
+        def file(self) -> Path:
+            return self.home.served("shop", ServedModels.parse(self.declared).epoch)
 
     return Changed()
 
@@ -114,6 +136,100 @@ def test_a_broken_change_leaves_the_old_models(changed: Any) -> None:
         changed.keep(1)
         await local.endpoint.adopt()
         assert local.endpoint.describe()["refused"] is None
+
+    asyncio.run(test())
+
+
+def test_a_replica_that_starts_with_a_broken_change_serves_what_was_before(changed: Any) -> None:
+    async def test() -> None:
+        local = changed.replica()
+        changed.keep(4, before=2)
+        logging.disable(logging.CRITICAL)
+        await local.endpoint.reconfigure(changed.declared)
+        logging.disable(logging.NOTSET)
+        assert local.endpoint.describe()["refused"]["epoch"] == 104
+        assert await version(local) == 2
+        # One that all have served has nothing before it.
+        other = changed.replica()
+        changed.keep(4)
+        with pytest.raises(MlopsRayError):
+            await other.endpoint.reconfigure(changed.declared)
+
+    asyncio.run(test())
+
+
+def test_a_broken_change_is_tried_once(changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        local = changed.replica()
+        await local.endpoint.reconfigure(changed.declared)
+        loaded = []
+        load = local.endpoint.models._loader.load
+
+        def counting(*given: Any) -> Any:
+            loaded.append(given)
+            return load(*given)
+
+        monkeypatch.setattr(local.endpoint.models._loader, "load", counting)
+        changed.keep(4, before=1)
+        logging.disable(logging.CRITICAL)
+        for _ in range(3):
+            await local.endpoint.adopt()
+        logging.disable(logging.NOTSET)
+        assert len(loaded) == 1
+
+    asyncio.run(test())
+
+
+def test_a_change_that_comes_while_others_are_loaded_is_adopted_too(
+    changed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        local = changed.replica()
+        loader = local.endpoint.models._loader
+        load = loader.load
+
+        def overtaken(*given: Any) -> Any:
+            monkeypatch.setattr(loader, "load", load)
+            found = load(*given)
+            changed.keep(3, before=2)
+            return found
+
+        changed.keep(2, before=1)
+        monkeypatch.setattr(loader, "load", overtaken)
+        await local.endpoint.reconfigure(changed.declared)
+        assert await version(local) == 3
+
+    asyncio.run(test())
+
+
+def test_a_file_that_cannot_be_read_for_a_while_changes_nothing(
+    changed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "_FOLLOW_EVERY_S", 0.01)
+
+    async def test() -> None:
+        local = changed.replica()
+        changed.keep(2)
+        await local.endpoint.reconfigure(changed.declared)
+        await local.endpoint.start()
+        changed.keep(3, before=2)
+        content = changed.file.read_bytes()
+        logging.disable(logging.CRITICAL)
+        changed.file.unlink()
+        changed.file.mkdir()
+        await asyncio.sleep(0.1)
+        with pytest.raises(ServingError):
+            await local.endpoint.adopt()
+        assert await version(local) in (2, 3), "not what was declared once"
+        changed.file.rmdir()
+        await asyncio.sleep(0.1)
+        assert await version(local) in (2, 3)
+        changed.file.write_bytes(content)
+        async with asyncio.timeout(30):
+            while await version(local) != 3:
+                await asyncio.sleep(0.01)
+        logging.disable(logging.NOTSET)
+        await local.endpoint.stop()
 
     asyncio.run(test())
 

@@ -14,6 +14,10 @@ import pyarrow.parquet as pq
 from mlops_ray.errors import SourceError
 from mlops_ray.serving.batch.pieces import Chunk, Piece, cut
 
+_DICTIONARIES = frozenset({"PLAIN_DICTIONARY", "RLE_DICTIONARY"})
+_BESIDE_THEM = frozenset({"PLAIN", "RLE"})
+"""Encodings of a dictionary's own values, and of nulls."""
+
 
 @dataclass(frozen=True)
 class ColumnarReader:
@@ -110,12 +114,11 @@ def unreadable(file: str, error: Exception) -> SourceError:
 def _rows(
     filesystem: Any, piece: Piece, batch_rows: int, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
-    metadata = pq.read_metadata(piece.file, filesystem=filesystem)
-    wanted, skip, left = _groups(metadata, piece)
-    texts = _repetitive(metadata, wanted, schema)
-    with pq.ParquetFile(
-        piece.file, filesystem=filesystem, metadata=metadata, read_dictionary=texts
-    ) as file:
+    with filesystem.open_input_file(piece.file) as source:
+        metadata = pq.read_metadata(source)
+        wanted, skip, left = _groups(metadata, piece)
+        texts = _repetitive(metadata, wanted, schema, batch_rows)
+        file = pq.ParquetFile(source, metadata=metadata, read_dictionary=texts)
         here = [name for name in schema.names if name in file.schema_arrow.names]
         batches = file.iter_batches(batch_rows, row_groups=wanted, columns=here, use_threads=False)
         for batch in batches:
@@ -138,9 +141,16 @@ def _groups(metadata: Any, piece: Piece) -> tuple[list[int], int, int]:
     return wanted.tolist(), skip, piece.rows
 
 
-def _repetitive(metadata: Any, groups: Sequence[int], schema: pa.Schema) -> list[str]:
-    """Return the text columns that take less than a byte a row: they have few different values."""
+def _repetitive(
+    metadata: Any, groups: Sequence[int], schema: pa.Schema, batch_rows: int
+) -> list[str]:
+    """Return the text columns to be read as dictionaries: those that are dictionaries in the file,
+    and take less than a byte a row, so that they have few different values.
+
+    None where row groups are smaller than batches: no batch would go beyond its group.
+    """
     bytes_of: Counter[str] = Counter()
+    others: set[str] = set()
     rows = 0
     for number in groups:
         group = metadata.row_group(number)
@@ -148,8 +158,13 @@ def _repetitive(metadata: Any, groups: Sequence[int], schema: pa.Schema) -> list
         for place in range(group.num_columns):
             chunk = group.column(place)
             bytes_of[chunk.path_in_schema] += chunk.total_uncompressed_size
+            found = _DICTIONARIES.intersection(chunk.encodings)
+            if not found or not found | _BESIDE_THEM >= set(chunk.encodings):
+                others.add(chunk.path_in_schema)
+    if rows < batch_rows * len(groups):
+        return []
     texts = (field.name for field in schema if pa.types.is_string(field.type))
-    return [name for name in texts if 0 < bytes_of[name] < rows]
+    return [name for name in texts if 0 < bytes_of[name] < rows and name not in others]
 
 
 def _conform(batch: pa.RecordBatch, schema: pa.Schema, piece: Piece) -> pa.Table:

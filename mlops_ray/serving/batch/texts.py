@@ -94,6 +94,8 @@ class TypedReader:
             typed = {}
             for name in chunk.table.column_names:
                 values, kind = chunk.table[name], self.schema.field(name).type
+                if pa.types.is_dictionary(values.type):
+                    values = values.cast(values.type.value_type)
                 if _is_text(values.type):
                     empty = self.empty_is_null and name in self.inputs
                     values, found = from_texts(values, kind, empty_is_null=empty)

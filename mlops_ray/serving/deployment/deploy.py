@@ -7,7 +7,7 @@ All goes through Serve's declarative API, but for models that change in running 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -42,10 +42,12 @@ from mlops_ray.serving.deployment.options import (
 )
 from mlops_ray.serving.deployment.placement import roots_of, runtime_environment
 from mlops_ray.serving.deployment.replicas import RefusedError, ask_all, ask_one, wait_until_served
-from mlops_ray.serving.models.changes import Changes
+from mlops_ray.serving.models.changes import Change, Changes
 from mlops_ray.serving.models.served import ModelSpec, ServedModels
 
 FLUSH_TIMEOUT_S = 30.0
+
+_LEAST_WAIT_S = 10.0
 
 
 def deploy(
@@ -99,33 +101,18 @@ def _deploy(
     settings = settings_of(project, home, serving, features, service, models, relative)
     changes = Changes(home, project)
     declared = _declared(previous)
-    before = None if declared is None else changes.latest(declared)
-    served = ServedModels.of(models, serving.routing, before.epoch if before else 0)
-    wanted = _application(settings, environment, _prefix(current, project))
-
-    def put_back() -> None:
-        if previous is not None:
-            put(details(), project, previous)
-
+    standing = None if declared is None else changes.read(declared) or Change(served=declared)
+    served = ServedModels.of(models, serving.routing, standing.served.epoch if standing else 0)
+    application = _application(settings, environment, _prefix(current, project))
+    wanted = partial(_configured, application, serving, settings)
     runs = current["applications"].get(project, {}).get("status") == "RUNNING"
-    if (
-        runs
-        and declared
-        and before
-        and not settings.placed
-        and previous == _configured(wanted, serving, settings, declared)
-    ):
-        if served != before:
-            served = served.model_copy(update={"epoch": _new_epoch()})
-            _change(changes, project, declared, served, timeout_s)
-            put_back = partial(_change, changes, project, declared, before, timeout_s)
-    elif previous != _configured(wanted, serving, settings, served):
-        served = served.model_copy(update={"epoch": _new_epoch()})
-        put(current, project, _configured(wanted, serving, settings, served))
+    in_place = runs and not settings.placed
     try:
-        wait_until_served(project, served, timeout_s)
+        if in_place and declared and standing and previous == wanted(declared):
+            _swap(project, changes, declared, standing, served, timeout_s)
+        elif _configure(project, current, wanted, served, timeout_s) and declared:
+            changes.forget(declared)
     except RefusedError as refusal:
-        put_back()
         raise ServingError(
             f"the endpoint of {project} refuses the new models and goes on with the old ones",
             where=", ".join(f"{m.alias}: version {m.version}" for m in models),
@@ -137,12 +124,59 @@ def _deploy(
     )
 
 
-def _change(
-    changes: Changes, project: str, declared: ServedModels, served: ServedModels, timeout_s: float
+def _configure(
+    project: str,
+    current: Config,
+    wanted: Callable[[ServedModels], Config],
+    served: ServedModels,
+    timeout_s: float,
+) -> bool:
+    """Have Serve run the application that serves these models; return whether it was changed."""
+    previous = deployed(current, project)
+    changed = previous != wanted(served)
+    if changed:
+        served = served.model_copy(update={"epoch": _new_epoch()})
+        put(current, project, wanted(served))
+    try:
+        wait_until_served(project, served, timeout_s)
+    except RefusedError:
+        if previous is not None:
+            put(details(), project, previous)
+        raise
+    return changed
+
+
+def _swap(
+    project: str,
+    changes: Changes,
+    declared: ServedModels,
+    standing: Change,
+    served: ServedModels,
+    timeout_s: float,
 ) -> None:
-    """Have the running replicas serve other models."""
-    changes.keep(declared, served)
-    # A replica that does not hear of it looks by itself, and so does one that starts.
+    """Have the running replicas serve other models; where that fails, those of before."""
+    began_s = time.monotonic()
+    # A change that never came to its end, as its process was killed, is begun anew.
+    is_new = served != standing.served or standing.before is not None
+    if is_new:
+        served = served.model_copy(update={"epoch": _new_epoch()})
+        changes.keep(declared, Change(served=served, before=standing.good))
+    try:
+        _tell(project, timeout_s)
+        left_s = timeout_s - (time.monotonic() - began_s)
+        wait_until_served(project, served, max(left_s, _LEAST_WAIT_S))
+    except BaseException:
+        if is_new:
+            changes.keep(declared, Change(served=standing.good))
+            _tell(project, timeout_s)
+        raise
+    if is_new:
+        changes.keep(declared, Change(served=served))
+
+
+def _tell(project: str, timeout_s: float) -> None:
+    """Have the replicas look for a change. One that does not hear of it looks by itself, and so does
+    one that starts."""
     with suppress(Exception):
         ask_all(project, "adopt", timeout_s)
 

@@ -76,10 +76,17 @@ def _config(state: Config) -> dict[str, Any]:
 
 
 def _served(name: str, config: Config) -> ServedModels | None:
-    changes = Changes(Home(Path(config["args"]["home"])), name)
+    home = Home(Path(config["args"]["home"]))
     for deployment in config.get("deployments", []):
-        if deployment["name"] == DEPLOYMENT and deployment.get("user_config"):
-            return changes.latest(ServedModels.parse(deployment["user_config"]))
+        # Without the home it cannot be known what has taken the place of the declared models.
+        if (
+            deployment["name"] == DEPLOYMENT
+            and deployment.get("user_config")
+            and home.root.is_dir()
+        ):
+            declared = ServedModels.parse(deployment["user_config"])
+            change = Changes(home, name).read(declared)
+            return change.good if change else declared
     return None
 
 

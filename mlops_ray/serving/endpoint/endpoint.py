@@ -45,7 +45,7 @@ from mlops_ray.serving.formats import openapi
 from mlops_ray.serving.formats.inference_protocol import InferenceProtocol
 from mlops_ray.serving.formats.request import RequestSchema
 from mlops_ray.serving.log.prediction_log import PredictionLog
-from mlops_ray.serving.models.changes import Changes
+from mlops_ray.serving.models.changes import Change, Changes
 from mlops_ray.serving.models.loading import ModelLoader, ModelSet
 from mlops_ray.serving.models.served import ServedModels
 
@@ -157,15 +157,30 @@ class Endpoint:
         taken their place since; see ``ModelsInService.take``.
 
         Raises:
-            ServingError: It declares none.
+            ServingError: It declares none, or it cannot be read which have taken their place.
         """
-        self._declared = ServedModels.parse(user_config)
-        await self.adopt()
+        self._declared = declared = ServedModels.parse(user_config)
+        try:
+            change = self._changes.read(declared) or Change(served=declared)
+            await self.models.take(change, again=True)
+            await self.adopt()
+        except ServingError:
+            if self.models.now is None:
+                raise
+            logger.exception("changed models are looked for again")
 
     async def adopt(self) -> None:
-        """Serve the models that the endpoint was changed to, if it was."""
-        if self._declared is not None:
-            await self.models.take(self._changes.latest(self._declared))
+        """Serve the models that the endpoint was changed to, if it was.
+
+        Raises:
+            ServingError: That cannot be read; what is served stays.
+        """
+        tried = None
+        # While some are loaded, others may take their place, and nobody tells a replica twice.
+        while self._declared and (change := self._changes.read(self._declared)) != tried:
+            tried = change
+            if change is not None:
+                await self.models.take(change)
 
     async def flush(self) -> int:
         """Write the prediction log; return how many rows and labels were pending."""
@@ -257,10 +272,11 @@ class Endpoint:
         seen = None
         while True:
             try:
-                stamp = self._changes.stamp
-                if stamp != seen:
-                    seen = stamp
-                    await self.adopt()
+                if (declared := self._declared) is not None:
+                    now = declared.epoch, self._changes.stamp(declared)
+                    if now != seen:
+                        await self.adopt()
+                        seen = now
             except Exception:
                 logger.exception("changed models could not be taken")
             await asyncio.sleep(_FOLLOW_EVERY_S)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlops_ray.errors import RequestError, ServingError
+from mlops_ray.serving.models.changes import Change
 from mlops_ray.serving.models.loading import ModelLoader, ModelSet
 from mlops_ray.serving.models.served import ServedModels
 
@@ -69,29 +70,39 @@ class ModelsInService:
                 f"{name[:80]!r} cannot be loaded now", status=503, retry_after_s=5
             ) from error
 
-    async def take(self, served: ServedModels) -> None:
-        """Serve these models; safe to repeat.
+    async def take(self, change: Change, *, again: bool = False) -> None:
+        """Serve the models of a change; safe to repeat.
 
         The new ones are loaded, verified and tried beside those in service, which answer until then.
-        Where one is broken, the old ones stay, and ``refused`` says why: were the error raised, Serve
-        would stop this replica. It is raised only when there is nothing to serve yet.
+        Where one is broken, the old ones stay, or those ``before`` the change where there are none
+        yet, and ``refused`` says why: were the error raised, Serve would stop this replica. It is
+        raised only when there is nothing else to serve. What was refused is tried ``again`` only
+        where that is said.
         """
+        served = change.served
         async with self._loading:
             if self.now is not None and self.now.served == served:
                 self.refused = None
                 return
+            if not again and self.refused and self.refused["epoch"] == served.epoch:
+                return
             try:
-                with _eager_switching():
-                    models = await asyncio.to_thread(self._loader.load, served, self.now)
-                    seconds = await asyncio.to_thread(self._warm, models)
+                await self._load(served)
+                self.refused = None
             except Exception as error:
                 if self.now is None:
-                    raise
+                    if change.before is None:
+                        raise
+                    await self._load(change.before)
                 self.refused = {"epoch": served.epoch, "why": str(error) or type(error).__name__}
                 logger.error("epoch %d is refused", served.epoch, exc_info=error)
-                return
-            self.now, self.refused = models, None
-            self._took(seconds)
+
+    async def _load(self, served: ServedModels) -> None:
+        with _eager_switching():
+            models = await asyncio.to_thread(self._loader.load, served, self.now)
+            seconds = await asyncio.to_thread(self._warm, models)
+        self.now = models
+        self._took(seconds)
 
 
 @contextmanager
