@@ -162,7 +162,8 @@ def test_an_endpoint_scales_to_none_and_back(served: Served) -> None:
 def test_all_endpoints_are_listed_and_one_is_removed(served: Served) -> None:
     change(served, 1, 2, routing=Routing(shares={"first": 0.1}))
     shop.fill_store(served.home, "shop_two")
-    other = served.deploy(3, project="shop_two")
+    other = served.deploy(2, project="shop_two")
+    served.deploy(3, project="shop_two")
     runner = CliRunner()
     listed = json.loads(runner.invoke(endpoints_verb, ["--json"]).output)
     first, second = listed
@@ -175,6 +176,7 @@ def test_all_endpoints_are_listed_and_one_is_removed(served: Served) -> None:
         with urllib.request.urlopen(url, timeout=10) as answer:
             assert json.load(answer)["name"] == name
     assert "shop_two is down" in runner.invoke(endpoints_verb, ["remove", "shop_two"]).output
+    assert [*(served.home.root / "serving" / "shop_two").iterdir()] == []
     again = runner.invoke(endpoints_verb, ["remove", "shop_two"])
     assert again.exit_code != 0
     assert "there is no endpoint" in str(again.exception)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mlops_ray.config.features import Features
@@ -267,10 +268,14 @@ def remove(project: str) -> bool:
     """Take an endpoint down, after it has answered what it accepted. False where there is none."""
     with alone():
         current = details()
-        if deployed(current, project) is None:
+        previous = deployed(current, project)
+        if previous is None:
             return False
         put(current, project, None)
         _wait_until_gone(project)
+        declared = _declared(previous)
+        if declared is not None:
+            Changes(Home(Path(previous["args"]["home"])), project).forget(declared)
     return True
 
 
